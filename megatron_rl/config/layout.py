@@ -1,0 +1,127 @@
+"""Checks across keys, and against the model's own `config.json`, made before any process group or engine starts."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import Config
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def check_sections(config: "Config") -> None:
+    """Checks across keys of one config.
+
+    Raises:
+        ConfigError: naming the keys and the remedy.
+    """
+    train, rollout, parallel, data = config.train, config.rollout, config.parallel, config.data
+    if train.prompts_per_step % train.minibatches:
+        raise ConfigError(
+            f"train.prompts_per_step={train.prompts_per_step} is not divisible by "
+            f"train.minibatches={train.minibatches}; change one of them."
+        )
+    if parallel.sequence_parallel and parallel.tp_size == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tp_size > 1; set it to false.")
+    longest = data.max_prompt_tokens + rollout.max_tokens
+    if longest > train.tokens_per_microbatch:
+        raise ConfigError(
+            f"train.tokens_per_microbatch={train.tokens_per_microbatch} is smaller than the longest sequence, "
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least {longest}."
+        )
+    penalty = config.reward.length_penalty
+    if penalty is not None and penalty.start >= rollout.max_tokens:
+        raise ConfigError(
+            f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
+        )
+    arithmetic = data.arithmetic
+    if arithmetic.min_digits > arithmetic.max_digits:
+        raise ConfigError("data.arithmetic.min_digits must not be larger than data.arithmetic.max_digits.")
+
+
+def read_hf_config(path: str) -> dict[str, Any]:
+    """The model's `config.json` as a dict.
+
+    Raises:
+        ConfigError: when the folder or file is missing or is not JSON.
+    """
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"model.path={path!r} is not a folder; give a folder with a Hugging Face model, or make one with `megatron-rl sft`."
+        )
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"model.path={path!r} has no config.json; it must hold a Hugging Face model.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}).") from None
+    return content
+
+
+def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = None) -> None:
+    """Does the model fit the layout? `hf` is the model's `config.json`; `world_size` the number of trainer processes.
+
+    Raises:
+        ConfigError: naming the keys and the remedy.
+    """
+    architecture = (hf.get("architectures") or ["?"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ConfigError(
+            f"model.path={config.model.path!r} is a {architecture}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads", heads)
+    layers = hf["num_hidden_layers"]
+    tp, pp = config.parallel.tp_size, config.parallel.pp_size
+    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
+        if count % tp:
+            raise ConfigError(
+                f"parallel.tp_size={tp} does not divide the model's {name}={count}; choose a divisor of {count}."
+            )
+    if hf["intermediate_size"] % tp:
+        raise ConfigError(f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}.")
+    if layers % pp:
+        raise ConfigError(
+            f"parallel.pp_size={pp} does not divide the model's num_hidden_layers={layers}; choose a divisor of {layers}."
+        )
+    if heads % config.rollout.tp_size:
+        raise ConfigError(f"rollout.tp_size={config.rollout.tp_size} does not divide the model's num_attention_heads={heads}.")
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if longest > hf.get("max_position_embeddings", longest):
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
+        )
+    if world_size is not None:
+        check_world_size(config, world_size)
+
+
+def check_world_size(config: "Config", world_size: int) -> None:
+    """Do `parallel.*` and the batch fit `world_size` trainer processes?
+
+    Raises:
+        ConfigError: naming the keys and the remedy.
+    """
+    parallel = config.parallel
+    model_size = parallel.tp_size * parallel.pp_size
+    if world_size % model_size:
+        raise ConfigError(
+            f"{world_size} trainer processes cannot hold parallel.tp_size x parallel.pp_size = {model_size}; "
+            f"start a multiple of {model_size}."
+        )
+    dp = world_size // model_size
+    if parallel.dp_size is not None and parallel.dp_size != dp:
+        raise ConfigError(
+            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} give {dp}; "
+            f"start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
+        )
+    per_minibatch = config.train.prompts_per_step // config.train.minibatches
+    if per_minibatch * config.algorithm.group_size < dp:
+        raise ConfigError(
+            f"a mini-batch of {per_minibatch} prompts x {config.algorithm.group_size} samples cannot be split over "
+            f"{dp} data-parallel ranks; raise train.prompts_per_step."
+        )

@@ -1,0 +1,120 @@
+"""From YAML files with `base:` inheritance and `a.b=c` overrides to one validated `Config`."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.schema import Config
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment file.
+
+    Args:
+        file: YAML file; its `base:` key names the file it inherits from, relative to itself.
+        overrides: `key.path=value` texts, the value in YAML.
+
+    Raises:
+        ConfigError: one sentence that names the file or key, the value and the remedy.
+    """
+    merged = OmegaConf.merge(_read(Path(file), []), _parse_overrides(overrides))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {describe(error)}") from None
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the resolved config as YAML, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    draft.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    draft.replace(file)
+
+
+def _read(file: Path, chain: list[Path]) -> DictConfig:
+    resolved = file.resolve()
+    if resolved in chain:
+        raise ConfigError(f"{file}: `base:` leads back to itself; remove the loop.")
+    try:
+        content = OmegaConf.load(file)
+    except FileNotFoundError:
+        origin = f" (the base of {chain[-1]})" if chain else ""
+        raise ConfigError(f"{file}{origin} does not exist.") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{file} must hold `key: value` pairs.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    return OmegaConf.merge(_read(file.parent / str(base), [*chain, resolved]), content)  # type: ignore[return-value]
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r} must have the form key.path=value.")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}.") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one sentence, with a suggestion for a mistyped key."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggestion(path)}."
+    if first["type"] == "missing":
+        return f"the key {key} is required."
+    if isinstance(first.get("ctx", {}).get("error"), ConfigError):
+        return str(first["ctx"]["error"])
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    message = first["msg"].rstrip(".")
+    return f"{key}={first['input']!r} is not valid: {message[0].lower() + message[1:]}{more}."
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema, sections included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = section_type(field.annotation)
+        if section is not None:
+            keys += all_keys(section, prefix + name + ".")
+    return keys
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `annotation` (also of `Section | None`), or None for a plain value."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _suggestion(path: list[str]) -> str:
+    keys = all_keys()
+    parent = ".".join(path[:-1])
+    siblings = [key for key in keys if key.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(".".join(path), siblings, 1, 0.6)
+    near = near or [key for key in keys if key.rpartition(".")[2] == path[-1]][:1]
+    near = near or difflib.get_close_matches(".".join(path), keys, 1, 0.7)
+    if near:
+        return f"; did you mean {near[0]}?"
+    names = ", ".join(key.rpartition(".")[2] for key in siblings)
+    return f"; {parent or 'the top level'} has {names}" if siblings else f"; {parent} has no keys"

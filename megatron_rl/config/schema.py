@@ -1,0 +1,306 @@
+"""Every key of an experiment file, with its type, default and meaning.
+
+The docstring under a field is what `megatron-rl config --explain KEY` prints. Checks that need the model's
+own `config.json` (heads by TP, layers by PP) are in `megatron_rl.config.layout`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are never coerced silently from text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ScratchModel(Section):
+    """A small Qwen3-style model with random weights and a character tokenizer, made when `model.path` has none."""
+
+    hidden_size: PositiveInt = 192
+    """Width of the residual stream."""
+    layers: PositiveInt = 6
+    """Number of decoder layers."""
+    heads: PositiveInt = 6
+    """Number of attention heads."""
+    kv_heads: PositiveInt = 2
+    """Number of key/value heads (grouped-query attention)."""
+    head_dim: PositiveInt = 32
+    """Size of one attention head."""
+    ffn_hidden_size: PositiveInt = 512
+    """Width of the gated feed-forward layer."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence the model accepts, in tokens."""
+    tie_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+
+
+class Model(Section):
+    """The policy."""
+
+    path: str
+    """Folder (or hub name) with a Hugging Face model: Llama, Qwen2 or Qwen3 `config.json`, safetensors, tokenizer."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
+    scratch: ScratchModel | None = None
+    """For `sft` only: make this model from scratch, with random weights, at the start."""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Options of megatron-core's `TransformerConfig` by their own names, e.g. `recompute_granularity: full`."""
+
+
+class Parallel(Section):
+    """How the trainer's model is split over devices."""
+
+    tp_size: PositiveInt = 1
+    """Tensor parallel size: each layer is split over this many devices."""
+    pp_size: PositiveInt = 1
+    """Pipeline parallel size: the layers are split into this many stages."""
+    dp_size: PositiveInt | None = None
+    """Data parallel size; null: follows from the number of processes that torchrun started (1 without torchrun on a
+    CPU, all visible GPUs on a GPU machine)."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel parts along the sequence (needs tp_size > 1 and Transformer
+    Engine)."""
+
+
+class Arithmetic(Section):
+    """The built-in generator of arithmetic reasoning problems."""
+
+    min_digits: PositiveInt = 2
+    """Fewest digits of a number in a problem."""
+    max_digits: PositiveInt = 4
+    """Most digits of a number in a problem."""
+    direct_share: float = Field(0.0, ge=0, le=1)
+    """Share of demonstrations (for `sft`) that answer at once, without writing out the steps."""
+    train_size: PositiveInt = 20_000
+    """Number of training problems."""
+    eval_size: PositiveInt = 256
+    """Number of held-out problems; none of them is a training problem."""
+
+
+class Data(Section):
+    """Prompts to train and evaluate on."""
+
+    train: str = "arithmetic"
+    """`arithmetic` (built in), a `.jsonl` or `.parquet` file, or the name of a `datasets` data set."""
+    eval: list[str] = Field(default_factory=lambda: ["arithmetic-heldout"])
+    """Sets of held-out prompts: `arithmetic-heldout`, files, or `datasets` names."""
+    split: str = "train"
+    """Split to read when `train` is a `datasets` name."""
+    eval_split: str = "test"
+    """Split to read for the sets of `eval` that are `datasets` names."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: a text, or a list of chat messages."""
+    answer_key: str = "answer"
+    """Column with the reference answer (verl's `reward_model.ground_truth` is understood without this)."""
+    response_key: str = "response"
+    """Column with the demonstration to imitate, for `sft`."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out, and counted in the log."""
+    seed: int = 0
+    """Seed of the order in which prompts are visited (and of the arithmetic generator)."""
+    arithmetic: Arithmetic = Arithmetic()
+    """Shape of the built-in problems."""
+
+
+class LengthPenalty(Section):
+    """Soft penalty for long responses: falls linearly from 0 at `start` tokens to `-coef` at `rollout.max_tokens`."""
+
+    start: PositiveInt
+    """Response length, in tokens, from which the penalty grows."""
+    coef: PositiveFloat = 1.0
+    """Penalty at the length limit."""
+
+
+class Reward(Section):
+    """How a response is scored."""
+
+    name: Literal["exact", "numeric", "math"] = "math"
+    """exact: the answer text is equal; numeric: the last number is equal; math: math-verify on the (boxed) answer."""
+    function: str | None = None
+    """A function of yours as `package.module:name`, called as `f(prompt, response, answer) -> float`, instead of
+    `name`."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds after which the scoring of one response is given up and counted as 0."""
+    length_penalty: LengthPenalty | None = None
+    """Optional penalty for long responses, added to the score."""
+
+
+class Kl(Section):
+    """Penalty for moving away from the reference model (the policy at step 0)."""
+
+    coef: float = Field(0.0, ge=0)
+    """Weight of the penalty; 0 turns it off and loads no reference model."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of the KL divergence (Schulman, 'Approximating KL divergence')."""
+
+
+class Correction(Section):
+    """Correction for the difference between the engine that generated and the trainer that learns."""
+
+    kind: Literal["none", "tis"] = "tis"
+    """tis: truncated importance sampling, the token loss times `min(exp(old - rollout), cap)`."""
+    cap: PositiveFloat = 2.0
+    """Largest importance weight."""
+
+
+class Algorithm(Section):
+    """The policy-gradient algorithm."""
+
+    name: Literal["grpo"] = "grpo"
+    """Advantage estimator: grpo, the reward relative to the group of responses to the same prompt."""
+    group_size: int = Field(8, ge=2)
+    """Responses per prompt."""
+    normalize_std: bool = True
+    """Divide the group-relative reward by the group's standard deviation."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The probability ratio is clipped at `1 - clip_low`."""
+    clip_high: PositiveFloat = 0.2
+    """The probability ratio is clipped at `1 + clip_high` (DAPO: larger than `clip_low`)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound `c` of the loss for negative advantages (dual-clip PPO); null: none."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    """How token losses become one number."""
+    kl: Kl = Kl()
+    """Penalty for moving away from the reference."""
+    correction: Correction = Correction()
+    """Train/rollout mismatch correction."""
+
+
+class Train(Section):
+    """The optimisation."""
+
+    steps: PositiveInt = 100
+    """RL steps (for `sft`: optimizer steps)."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts per RL step, each sampled `algorithm.group_size` times (for `sft`: demonstrations per step)."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per RL step."""
+    tokens_per_microbatch: PositiveInt = 4096
+    """Token budget of one micro-batch; whole sequences are packed into it."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end as a share of `lr`, when it decays."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """First moment decay."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Second moment decay."""
+    clip_grad: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    seed: int = 0
+    """Seed of the run: rollout sampling and random initial weights derive from it."""
+    threads: PositiveInt | None = None
+    """CPU threads per trainer process; null: the machine's cores divided by its trainer processes."""
+
+
+class Rollout(Section):
+    """The fleet of vLLM engines."""
+
+    engines: PositiveInt = 1
+    """Number of engines."""
+    tp_size: PositiveInt = 1
+    """Tensor parallel size of each engine."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: engines share the trainer's devices; separate: they have devices of their own."""
+    max_tokens: PositiveInt = 1024
+    """Longest response, in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of training rollouts."""
+    weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
+    """How weights reach the engines: shm (shared memory, CPU), ipc (colocated GPUs), nccl (separate GPUs)."""
+    verify_weights: bool = False
+    """After every sync compare checksums of the engines' weights with the trainer's, and stop when they differ."""
+    max_restarts: int = Field(3, ge=0)
+    """How often, over the run, one engine may die and be restarted before the run stops."""
+    threads: PositiveInt | None = None
+    """CPU threads per engine; null: all cores when colocated, divided by the number of engines."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Options of vLLM's engine by their own names, e.g. `gpu_memory_utilization: 0.5`, `enforce_eager: true`."""
+
+
+class Eval(Section):
+    """Evaluation on held-out prompts: before the first step, every `every` steps, and at the end."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first step and at the end."""
+    samples: int = Field(0, ge=0)
+    """Responses per prompt for avg@k at `rollout.temperature`, beside the greedy one; 0: greedy only."""
+    max_prompts: PositiveInt | None = None
+    """Use only the first so many prompts of each set."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest complete checkpoint in `run_dir`; never: refuse to start when there is one."""
+    export_hf: bool = True
+    """Write the final policy as a Hugging Face model to `run_dir/hf`."""
+
+
+class Wandb(Section):
+    """Weights & Biases tracking."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Whether and how to log to wandb."""
+    project: str = "megatron-rl"
+    """Project name."""
+    name: str | None = None
+    """Run name; null: the name of `run_dir`."""
+
+
+class Track(Section):
+    """Metrics and reports; `run_dir/metrics.jsonl` is always written."""
+
+    wandb: Wandb = Wandb()
+    """Optional wandb tracking."""
+    report: bool = True
+    """Write `report.md` with plots to `run_dir` at the end."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    model: Model
+    """The policy."""
+    parallel: Parallel = Parallel()
+    """How the trainer's model is split over devices."""
+    data: Data = Data()
+    """Prompts to train and evaluate on."""
+    reward: Reward = Reward()
+    """How a response is scored."""
+    algorithm: Algorithm = Algorithm()
+    """The policy-gradient algorithm."""
+    train: Train = Train()
+    """The optimisation."""
+    rollout: Rollout = Rollout()
+    """The fleet of vLLM engines."""
+    eval: Eval = Eval()
+    """Evaluation on held-out prompts."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving and resuming."""
+    track: Track = Track()
+    """Metrics and reports."""
+    run_dir: str
+    """Folder for everything the run writes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        from megatron_rl.config.layout import check_sections
+
+        check_sections(self)
+        return self
