@@ -1,0 +1,42 @@
+"""How token losses become one number, independent of how sequences are put into micro-batches."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def token_weights(lengths: Int[Tensor, "batch"], aggregation: Aggregation) -> Float[Tensor, "tokens"]:
+    """Weights such that `sum(weights * token_losses)` is the aggregated loss of a whole mini-batch.
+
+    Computed once for the global mini-batch and cut along with it: the sum over micro-batches and data-parallel ranks
+    is then the same number however the sequences are split.
+
+    - token-mean: every token counts the same (DAPO, arXiv 2503.14476, equation 8);
+    - seq-mean-token-sum: tokens are summed, sequences averaged (Dr. GRPO, arXiv 2503.20783, up to its constant);
+    - seq-mean-token-mean: tokens are averaged, then sequences (GRPO, arXiv 2402.03300, equation 3).
+
+    Args:
+        lengths: response lengths of all sequences of the mini-batch. Sequences of length 0 own no weight and do not
+            count as sequences.
+        aggregation: one of the three.
+
+    Returns:
+        float32 weights of all response tokens, sequence after sequence.
+    """
+    present = (lengths > 0).sum().clamp(min=1)
+    if aggregation == "token-mean":
+        per_sequence = torch.ones_like(lengths, dtype=torch.float64) / lengths.sum().clamp(min=1)
+    elif aggregation == "seq-mean-token-sum":
+        per_sequence = torch.ones_like(lengths, dtype=torch.float64) / present
+    else:
+        per_sequence = 1.0 / (present.double() * lengths.clamp(min=1))
+    return per_sequence.float().repeat_interleave(lengths)
+
+
+def sequence_ids(lengths: Int[Tensor, "batch"]) -> Int[Tensor, "tokens"]:
+    """Which sequence every token of the packed layout belongs to, int64."""
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)

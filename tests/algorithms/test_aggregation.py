@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from megatron_rl.algorithms import sequence_ids, token_weights
+
+LENGTHS = torch.tensor([1, 3, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token-mean", [1 / 6] * 6),
+        ("seq-mean-token-sum", [1 / 3] * 6),
+        ("seq-mean-token-mean", [1 / 3, 1 / 9, 1 / 9, 1 / 9, 1 / 6, 1 / 6]),
+    ],
+)
+def test_weights_by_hand_and_empty_responses_do_not_count(aggregation, expected):
+    torch.testing.assert_close(token_weights(LENGTHS, aggregation), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_nothing_but_empty_responses_have_no_weights(aggregation):
+    assert token_weights(torch.tensor([0, 0]), aggregation).tolist() == []
+
+
+def test_sequence_ids_name_the_owner_of_every_token():
+    assert sequence_ids(LENGTHS).tolist() == [0, 1, 1, 1, 3, 3]
+    assert sequence_ids(LENGTHS).dtype == torch.int64
+
+
+def test_the_weighted_sum_is_the_aggregated_loss():
+    losses = torch.tensor([5.0, 1.0, 2.0, 3.0, 7.0, 9.0])
+    assert (losses * token_weights(LENGTHS, "token-mean")).sum().item() == pytest.approx(27 / 6)
+    assert (losses * token_weights(LENGTHS, "seq-mean-token-sum")).sum().item() == pytest.approx((5 + 6 + 16) / 3)
+    assert (losses * token_weights(LENGTHS, "seq-mean-token-mean")).sum().item() == pytest.approx((5 + 2 + 8) / 3)
