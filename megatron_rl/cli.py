@@ -1,0 +1,134 @@
+"""The `megatron-rl` command. Heavy packages are imported inside the commands, so that `--help` answers at once."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.config.errors import ConfigError
+
+app = typer.Typer(
+    help="Reinforcement learning of language models with Megatron-Core actors and a vLLM rollout fleet.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override keys of the experiment file.")
+]
+
+
+class Format(StrEnum):
+    """Target of `megatron-rl convert`."""
+
+    hf = "hf"
+    megatron = "megatron"
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train with reinforcement learning; starts its own trainer processes unless torchrun or srun has."""
+    from megatron_rl.config import Config, load_config
+    from megatron_rl.launch import launch
+
+    def run(settings: Config) -> None:
+        from megatron_rl import train
+
+        train.run(settings)
+
+    overrides = overrides or []
+    raise typer.Exit(launch(load_config(config, overrides), "train", ["-c", str(config), *overrides], run))
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fine-tune on demonstrations, to make the model that `train` starts from."""
+    from megatron_rl.config import Config, load_config
+    from megatron_rl.launch import launch
+
+    def run(settings: Config) -> None:
+        from megatron_rl import sft
+
+        sft.run(settings)
+
+    overrides = overrides or []
+    raise typer.Exit(launch(load_config(config, overrides), "sft", ["-c", str(config), *overrides], run))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face model folder, or Megatron checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    to: Annotated[Format, typer.Option("--to", help="Format of OUTPUT.")],
+) -> None:
+    """Convert a model between the Hugging Face layout and a Megatron checkpoint."""
+    if not source.is_dir():
+        raise ConfigError(f"{source} is not a folder; give a folder with a model or a checkpoint.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} already exists and is not an empty folder; choose another output.")
+    from megatron_rl.convert import hf_to_megatron, megatron_to_hf
+
+    (megatron_to_hf if to is Format.hf else hf_to_megatron)(str(source), str(output))
+
+
+@app.command("config")
+def show_config(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY] | [KEY.PATH=VALUE]...")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print type, default and meaning of KEY, or of all.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Print this experiment, resolved.")] = None,
+) -> None:
+    """Explain the keys of an experiment file (`--explain [KEY]`), or print one in full (`-c FILE`)."""
+    arguments = arguments or []
+    if explain == (config is not None) or (explain and len(arguments) > 1):
+        raise ConfigError(
+            "use `megatron-rl config --explain [KEY]` or `megatron-rl config -c FILE [KEY.PATH=VALUE]...`."
+        )
+    if config is not None:
+        import yaml
+
+        from megatron_rl.config import load_config
+
+        typer.echo(yaml.safe_dump(load_config(config, arguments).model_dump(mode="json"), sort_keys=False), nl=False)
+        return
+    from megatron_rl.config.explain import explain as explain_key
+
+    typer.echo(explain_key(arguments[0] if arguments else None))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, and what that means for a run."""
+    from megatron_rl.doctor import examine
+
+    examine()
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Write report.md with plots into RUN_DIR and print its summary."""
+    from megatron_rl.report import print_summary, write_report
+
+    file = write_report(run_dir)
+    print_summary(run_dir)
+    typer.echo(f"report: {file}")
+
+
+def main() -> None:
+    """Console script: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a run shows: one passing progress line per phase, and one row per step that stays."""
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+HEADER_EVERY_ROWS = 20
+PLAIN_LINE_EVERY_S = 30.0
+
+# heading, metric, width, format of the value
+COLUMNS = (
+    ("reward", "reward/mean", 7, ".3f"),
+    ("greedy", None, 7, ".1%"),
+    ("length", "response/length_mean", 7, ".1f"),
+    ("lp gap", "logprob_gap/mean", 8, ".1e"),
+    ("grad", "optim/grad_norm", 8, ".3g"),
+    ("step s", "time/step", 8, ".2f"),
+    ("gen s", "time/generate", 8, ".2f"),
+    ("old s", "time/old_logprobs", 8, ".2f"),
+    ("upd s", "time/update", 8, ".2f"),
+    ("sync s", "time/weight_sync", 8, ".2f"),
+)
+COUNTS_WORTH_A_NOTE = {"reward/errors": "reward errors", "reward/timeouts": "reward timeouts"}
+
+
+class Phase:
+    """Progress of one phase of a step; use it as a context manager."""
+
+    def __init__(self, terminal: Terminal | None, name: str, total: int) -> None:
+        self._terminal, self._name, self._total = terminal, name, total
+        self._done = 0
+        self._progress: Progress | None = None
+        self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
+
+    def __enter__(self) -> "Phase":
+        if self._terminal is not None and self._terminal.is_terminal:
+            columns = (TextColumn("{task.description:>12}"), BarColumn(24), MofNCompleteColumn())
+            self._progress = Progress(
+                *columns,
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                console=self._terminal,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self._name, total=self._total, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more of the phase's items are done; `note` is shown beside them, e.g. a speed."""
+        self._done += count
+        if self._progress is not None:
+            self._progress.update(self._task, advance=count, note=note)
+        elif self._terminal is not None and time.monotonic() >= self._next_line:
+            # Not a terminal: a log file. Say something now and then, so that a long phase does not look dead.
+            self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
+            text = f"{self._name} {self._done}/{self._total}"
+            self._terminal.print(f"{text}, {note}" if note else text, highlight=False, soft_wrap=True)
+
+
+class Console:
+    """The output of one trainer process; all but the driver's are silent (`enabled=False`)."""
+
+    def __init__(self, enabled: bool, terminal: Terminal | None = None) -> None:
+        """`terminal` is where to print, standard output when left out."""
+        self._terminal = (terminal or Terminal()) if enabled else None
+        self._rows = 0
+
+    def phase(self, name: str, total: int) -> Phase:
+        """A progress line for a phase of `total` items: `with console.phase("generating", 256) as phase: ...`."""
+        return Phase(self._terminal, name, total)
+
+    def info(self, text: str) -> None:
+        """Print one line."""
+        if self._terminal is not None:
+            self._terminal.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Print the summary row of a step; a metric that is missing shows as a dash.
+
+        Args:
+            step: the step just finished, 1-based; 0 is the evaluation before training.
+            total: number of steps of the run.
+            metrics: by the names of `docs/metrics.md`.
+        """
+        if self._terminal is None:
+            return
+        width = len(f"{total}/{total}") + 1
+        if self._rows % HEADER_EVERY_ROWS == 0:
+            header = "step".rjust(width) + "".join(heading.rjust(size) for heading, _, size, _ in COLUMNS)
+            self._terminal.print(header, style="bold", highlight=False, soft_wrap=True)
+        self._rows += 1
+        row = f"{step}/{total}".rjust(width)
+        for _, name, size, form in COLUMNS:
+            value = metrics.get(name) if name else greedy_accuracy(metrics)
+            row += ("-" if value is None or math.isnan(value) else format(value, form)).rjust(size)
+        for name, meaning in COUNTS_WORTH_A_NOTE.items():
+            if metrics.get(name):
+                row += f"  {metrics[name]:.0f} {meaning}"
+        self._terminal.print(row, highlight=False, markup=False, soft_wrap=True)
+
+
+def greedy_accuracy(metrics: Mapping[str, float]) -> float | None:
+    """Mean greedy accuracy over the evaluation sets, in [0, 1]; None when this step has no evaluation."""
+    values = [
+        value for name, value in metrics.items() if name.startswith("eval/") and name.endswith("/greedy_accuracy")
+    ]
+    return sum(values) / len(values) if values else None

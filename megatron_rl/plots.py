@@ -1,0 +1,182 @@
+"""The plots of a report. Each function draws one PNG and returns False when the run lacks the metrics for it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Records = list[dict[str, float]]
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#e08a1e", "#3a9a5b", "#c8423f", "#8a8f98"
+PHASES = (  # metric, name, colour; in the order of a step
+    ("time/generate", "generate", "#2f6db5"),
+    ("time/reward", "reward", "#7fb2e5"),
+    ("time/old_logprobs", "old log-probs", "#3a9a5b"),
+    ("time/ref_logprobs", "reference log-probs", "#9fd3ae"),
+    ("time/update", "update", "#e08a1e"),
+    ("time/weight_sync", "weight sync", "#c8423f"),
+    ("time/eval", "evaluation", "#8e6bbf"),
+    ("time/checkpoint", "checkpoint", "#6b4f3a"),
+)
+OTHER = ("other", "#c3c7cd")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555b63",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e6ea",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+
+
+def reward(records: Records, file: Path) -> bool:
+    """Mean reward per step, with its spread of one standard deviation over the responses."""
+    steps, mean = series(records, "reward/mean")
+    if not steps:
+        return False
+    with _figure(file, "training step", "reward") as axes:
+        spread_steps, spread = series(records, "reward/std")
+        if spread_steps == steps:
+            low = [value - width for value, width in zip(mean, spread, strict=True)]
+            high = [value + width for value, width in zip(mean, spread, strict=True)]
+            axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± 1 standard deviation")
+        axes.plot(steps, mean, color=BLUE, linewidth=1.8, marker=_marker(steps), label="mean")
+        axes.legend(loc="best")
+    return True
+
+
+def accuracy(records: Records, file: Path) -> bool:
+    """Accuracy on every held-out set over the steps; step 0 is the model before training."""
+    names = accuracy_names(records)
+    if not names:
+        return False
+    with _figure(file, "training step", "held-out accuracy") as axes:
+        for name, color in zip(names, _cycle(), strict=False):
+            steps, values = series(records, name)
+            label = name.removeprefix("eval/").replace("/greedy_accuracy", ", greedy").replace("/avg_at_k", ", avg@k")
+            axes.plot(steps, values, color=color, linewidth=1.8, marker="o", label=label)
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend(loc="best")
+    return True
+
+
+def length(records: Records, file: Path) -> bool:
+    """Distribution of response lengths per step: median, middle half and middle nine tenths."""
+    present = {name: series(records, f"response/length_{name}") for name in ("p5", "p25", "p50", "p75", "p95", "mean")}
+    steps, median = present["p50"]
+    if not steps:
+        steps, mean = present["mean"]
+        if not steps:
+            return False
+        with _figure(file, "training step", "response length [tokens]") as axes:
+            axes.plot(steps, mean, color=BLUE, linewidth=1.8, marker=_marker(steps), label="mean")
+            axes.legend(loc="best")
+        return True
+    with _figure(file, "training step", "response length [tokens]") as axes:
+        for low, high, alpha, label in (("p5", "p95", 0.15, "5 to 95 %"), ("p25", "p75", 0.3, "25 to 75 %")):
+            if present[low][0] == steps and present[high][0] == steps:
+                axes.fill_between(
+                    steps, present[low][1], present[high][1], color=BLUE, alpha=alpha, linewidth=0, label=label
+                )
+        axes.plot(steps, median, color=BLUE, linewidth=1.8, marker=_marker(steps), label="median")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+    return True
+
+
+def logprob_gap(records: Records, file: Path) -> bool:
+    """Absolute difference between trainer and engine log-probabilities of the sampled tokens, logarithmic."""
+    drawn = [("logprob_gap/max", "largest", ORANGE), ("logprob_gap/mean", "mean", BLUE)]
+    points = [(series(records, name), label, color) for name, label, color in drawn]
+    if not any(value > 0 for (_, values), _, _ in points for value in values):
+        return False  # a logarithmic axis has no place for zero
+    with _figure(file, "training step", "log-prob difference [nats]") as axes:
+        for (steps, values), label, color in points:
+            axes.plot(steps, values, color=color, linewidth=1.8, marker=_marker(steps), label=label)
+        axes.set_yscale("log")
+        axes.legend(loc="best")
+    return True
+
+
+def time_per_phase(records: Records, file: Path) -> bool:
+    """Seconds per phase, stacked, one bar a step."""
+    trained = [record for record in records if record["step"] > 0]
+    phases = phase_seconds(trained)
+    if not phases:
+        return False
+    colors = {name: color for _, name, color in PHASES} | dict([OTHER])
+    steps = [record["step"] for record in trained]
+    with _figure(file, "training step", "time [s]") as axes:
+        bottom = [0.0] * len(steps)
+        for name, seconds in phases.items():
+            axes.bar(steps, seconds, bottom=bottom, width=0.9, color=colors[name], label=name)
+            bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    return True
+
+
+def accuracy_names(records: Records) -> list[str]:
+    """Names of the accuracies that have a value, greedy ones first."""
+    names = {name for record in records for name, value in record.items() if math.isfinite(value)}
+    kinds = ("/greedy_accuracy", "/avg_at_k")
+    return [name for kind in kinds for name in sorted(names) if name.startswith("eval/") and name.endswith(kind)]
+
+
+def phase_seconds(records: Records) -> dict[str, list[float]]:
+    """Seconds of every phase that the run has, per step; `other` is what `time/step` has beyond the phases."""
+    phases = {}
+    for metric, name, _ in PHASES:
+        seconds = [_finite(record.get(metric)) for record in records]
+        if any(seconds):
+            phases[name] = seconds
+    named = [sum(values) for values in zip(*phases.values(), strict=True)] or [0.0] * len(records)
+    other = [max(_finite(record.get("time/step")) - known, 0.0) for record, known in zip(records, named, strict=True)]
+    if any(other):
+        phases[OTHER[0]] = other
+    return phases
+
+
+def series(records: Records, name: str) -> tuple[list[float], list[float]]:
+    """Steps that have a finite value of a metric, and the values."""
+    points = [(record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else 0.0
+
+
+def _marker(steps: list[float]) -> str | None:
+    """Points are drawn for short runs only; a single point would be invisible as a line."""
+    return "o" if len(steps) <= 12 else None
+
+
+def _cycle() -> Iterator[str]:
+    while True:
+        yield from (BLUE, ORANGE, GREEN, RED, GREY)
+
+
+@contextmanager
+def _figure(file: Path, x: str, y: str) -> Iterator[Axes]:
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
+        try:
+            yield axes
+            axes.set_xlabel(x)
+            axes.set_ylabel(y)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            figure.savefig(file, dpi=130)
+        finally:
+            pyplot.close(figure)
