@@ -1,0 +1,147 @@
+"""A batch of sequences, and its micro-batches.
+
+Layout: per-token values exist for *response* tokens only and are flat, `[tokens]`: the responses of all sequences of the
+batch one after the other. `Batch.offsets[i]` is where sequence i begins.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+
+from megatron_rl.models.attention import PackedSequences
+from rollout.records import Rollout
+
+
+@dataclass
+class Batch:
+    """Sequences to score or train on, the same on every rank. All tensors are on the CPU."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    values: dict[str, Float[torch.Tensor, "tokens"]] = field(default_factory=dict)
+    """Per-token values: rollout_logprobs, old_logprobs, ref_logprobs, advantages, weights."""
+
+    @classmethod
+    def from_rollouts(cls, rollouts: list[Rollout]) -> "Batch":
+        """The batch of `rollouts`, with their `rollout_logprobs`."""
+        logprobs = torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32)
+        return cls(
+            [rollout.prompt_ids for rollout in rollouts],
+            [rollout.token_ids for rollout in rollouts],
+            {"rollout_logprobs": logprobs},
+        )
+
+    @property
+    def lengths(self) -> Int[torch.Tensor, "batch"]:
+        """Response lengths, int64 [batch]."""
+        return torch.tensor([len(response) for response in self.responses])
+
+    @property
+    def offsets(self) -> Int[torch.Tensor, "batch_plus_one"]:
+        """Where each response begins in the flat layout, int64 [batch + 1]."""
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens in the batch."""
+        return sum(map(len, self.responses))
+
+    def sequence_length(self, index: int) -> int:
+        """Tokens of prompt and response together."""
+        return len(self.prompts[index]) + len(self.responses[index])
+
+    def select(self, start: int, stop: int) -> "Batch":
+        """The sequences `start` to `stop` as a batch of their own."""
+        tokens = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        values = {name: value[tokens] for name, value in self.values.items()}
+        return Batch(self.prompts[start:stop], self.responses[start:stop], values)
+
+
+def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """Split sequences over data-parallel ranks and pack each rank's share into micro-batches.
+
+    Sequences are sorted by length, so that those packed together are alike; ranks get equal token sums as nearly as
+    dealing the longest first allows.
+
+    Args:
+        lengths: tokens of each sequence.
+        token_budget: most tokens of one micro-batch (a longer sequence is alone in its own).
+        ranks: number of data-parallel ranks.
+
+    Returns:
+        per rank, per micro-batch, the indices of its sequences. Every rank has at least one micro-batch, possibly
+        empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += lengths[index]
+    return [_pack(share, lengths, token_budget) for share in shares]
+
+
+def _pack(share: list[int], lengths: list[int], token_budget: int) -> list[list[int]]:
+    rows: list[list[int]] = [[]]
+    used = 0
+    for index in share:
+        if rows[-1] and used + lengths[index] > token_budget:
+            rows.append([])
+            used = 0
+        rows[-1].append(index)
+        used += lengths[index]
+    return rows
+
+
+@dataclass
+class Microbatch:
+    """One packed row, on the device."""
+
+    input_ids: Int[torch.Tensor, "one packed"]
+    packing: PackedSequences
+    rows: Int[torch.Tensor, "tokens"]
+    """Places in the packed row whose logits predict a response token."""
+    targets: Int[torch.Tensor, "tokens"]
+    """The response tokens."""
+    flat_index: Int[torch.Tensor, "tokens"]
+    """Their places in the batch's flat layout (on the CPU)."""
+    values: dict[str, Float[torch.Tensor, "tokens"]]
+    """The batch's per-token values at `flat_index`, on the device."""
+
+
+def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: torch.device) -> Microbatch:
+    """Pack the sequences `indices` of `batch` into one row whose length is a multiple of `multiple`.
+
+    An empty list gives a row of padding, which keeps all ranks of a pipeline in step.
+    """
+    input_ids: list[int] = []
+    rows, targets, flat_index, lengths = [], [], [], []
+    offsets = batch.offsets.tolist()
+    for index in indices:
+        prompt, response = batch.prompts[index], batch.responses[index]
+        first = len(input_ids) + len(prompt) - 1
+        rows += range(first, first + len(response))
+        targets += response
+        flat_index += range(offsets[index], offsets[index + 1])
+        input_ids += prompt + response
+        lengths.append(len(prompt) + len(response))
+    padding = -len(input_ids) % multiple if input_ids else multiple
+    if padding:
+        input_ids += [0] * padding
+        lengths.append(padding)
+    places = torch.tensor(flat_index, dtype=torch.int64)
+    return Microbatch(
+        input_ids=torch.tensor(input_ids, device=device)[None],
+        packing=PackedSequences.from_lengths(lengths, device),
+        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        targets=torch.tensor(targets, dtype=torch.int64, device=device),
+        flat_index=places,
+        values={name: value[places].to(device) for name, value in batch.values.items()},
+    )
+
+
+def with_values(batch: Batch, **values: torch.Tensor) -> Batch:
+    """`batch` with more per-token values."""
+    return dataclasses.replace(batch, values=batch.values | values)

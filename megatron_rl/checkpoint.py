@@ -1,0 +1,126 @@
+"""Checkpoints: written atomically, the newest few kept, independent of the parallel layout.
+
+A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model, optimizer, and a
+small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model folder by itself.
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_rl.config import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_rl.trainer import Trainer
+
+MODEL_FILES = (".json", ".txt", ".model", ".jinja")
+# Optimizer state in the shape of the parameters: the only form that loads into another TP, PP or DP layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+
+
+def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
+    found = Path(run_dir).glob("checkpoints/step_*")
+    steps = [int(path.name.removeprefix("step_")) for path in found if path.suffix != ".tmp"]
+    return max(steps, default=None)
+
+
+def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Save on all ranks. The folder gets its name only when it is complete.
+
+    Args:
+        trainer: model and optimizer.
+        run_dir: the run's folder.
+        step: RL steps done.
+        state: plain values to restore with it.
+        keep: newest checkpoints to keep; older ones are removed.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    contents = _sharded_state(trainer, loading=False)
+    contents["state"] = state | {"step": step, "updates": trainer.updates}
+    write_model_folder(contents, trainer.config.model.path, folder)
+    if trainer.runtime.is_driver:
+        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> dict[str, Any]:
+    """Restore model and optimizer in place on all ranks; the layout may differ from the one saved.
+
+    Returns:
+        The plain values given to `save_checkpoint`.
+
+    Raises:
+        ConfigError: when the checkpoint cannot be read.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    contents = _load(_sharded_state(trainer, loading=True), folder)
+    trainer.model.load_state_dict(contents["model"])
+    trainer.optimizer.load_state_dict(contents["optimizer"])
+    state: dict[str, Any] = contents["state"]
+    trainer.updates = state["updates"]
+    return state
+
+
+def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
+    """Restore the weights alone from a checkpoint or converted folder, on all ranks.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    contents = _load({"model": model.sharded_state_dict()}, Path(folder))
+    model.load_state_dict(contents["model"])
+
+
+def has_megatron_weights(folder: str | Path) -> bool:
+    """Whether `folder` holds weights in Megatron's format."""
+    return (Path(folder) / "megatron" / "metadata.json").is_file()
+
+
+def write_model_folder(contents: dict[str, Any], template: str | Path, folder: Path) -> None:
+    """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`."""
+    writes = torch.distributed.get_rank() == 0
+    draft = folder.with_name(folder.name + ".tmp")
+    if writes:
+        shutil.rmtree(draft, ignore_errors=True)
+        (draft / "megatron").mkdir(parents=True)
+        copy_model_files(template, draft)
+    torch.distributed.barrier()
+    dist_checkpointing.save(contents, str(draft / "megatron"))
+    torch.distributed.barrier()
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    torch.distributed.barrier()
+
+
+def copy_model_files(template: str | Path, target: Path) -> None:
+    """Copy what makes a folder a Hugging Face model, except the weights: config, tokenizer, chat template."""
+    for path in Path(template).iterdir():
+        if path.is_file() and path.suffix in MODEL_FILES and "safetensors" not in path.name:
+            shutil.copy(path, target)
+
+
+def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+    model = trainer.model.sharded_state_dict()
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(contents, str(folder / "megatron"))
+    except Exception as error:
+        raise ConfigError(f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one.") from error
+    return loaded

@@ -1,0 +1,91 @@
+"""Lets megatron-core run on CPU tensors over gloo.
+
+megatron-core asks for CUDA in a few fixed places: explicit `device="cuda"` arguments, `torch.cuda.current_device()`,
+its RNG tracker, CUDA type names in the optimizer, and streams. This module answers those with their CPU meaning.
+Nothing of megatron-core's schedules, DDP or optimizers is replaced. Call `install` once, before building a model.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+TESTED_MEGATRON_CORE = ("0.16.",)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Redirects CUDA device arguments of torch calls to the CPU, and reports CUDA type names for CPU tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
+                kwargs = {**kwargs, "device": "cpu"}
+        else:
+            kwargs = {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """A CUDA stream or event on a device that runs everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def install() -> None:
+    """Make megatron-core's CUDA calls mean the CPU, in this process and thread. Idempotent.
+
+    Raises:
+        RuntimeError: for a megatron-core version this was not tested with.
+    """
+    global _mode
+    if _mode is not None:
+        return
+    import megatron.core
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    if not megatron.core.__version__.startswith(TESTED_MEGATRON_CORE):
+        raise RuntimeError(
+            f"megatron-core {megatron.core.__version__} was not tested on CPU; install a version that starts with "
+            f"{' or '.join(TESTED_MEGATRON_CORE)}."
+        )
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.memory_allocated = lambda *args: 0
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda._lazy_call = lambda function, **kwargs: function()
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    rng: Any = megatron_random
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()

@@ -1,0 +1,80 @@
+"""Attention over packed sequences, for layers without Transformer Engine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """megatron-core's description of a packed row, with the row's layout as a padded batch.
+
+    `padded_index[i]` is the place of packed token i in a [sequences * longest] grid of right-padded sequences.
+    """
+
+    padded_index: torch.Tensor | None = None
+    sequences: int = 0
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSequences":
+        """Describe consecutive sequences of the given lengths in one packed row."""
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        cumulative[1:] = sizes.cumsum(0)
+        longest = max(lengths)
+        shift = torch.arange(len(lengths)) * longest - cumulative[:-1]
+        padded_index = torch.arange(int(cumulative[-1])) + shift.repeat_interleave(sizes)
+        cu_seqlens = cumulative.to(device)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            padded_index=padded_index.to(device),
+            sequences=len(lengths),
+        )
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention within each sequence of a packed row: a `core_attention` for megatron-core's local layers.
+
+    The linear layers around it see packed tokens only; here the row is unpacked into a right-padded batch, where
+    causality alone keeps real tokens from seeing padding.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: Float[torch.Tensor, "tokens heads head_dim"],
+        key: Float[torch.Tensor, "tokens kv_heads head_dim"],
+        value: Float[torch.Tensor, "tokens kv_heads head_dim"],
+        attention_mask: None,
+        packed_seq_params: PackedSequences,
+        **unused: Any,
+    ) -> Float[torch.Tensor, "tokens heads_times_head_dim"]:
+        """Attend; dtypes as given. `attention_mask` is not used: the packing says what is visible."""
+        packing = packed_seq_params
+        grid = packing.sequences, packing.max_seqlen_q
+
+        def unpack(packed: torch.Tensor) -> torch.Tensor:
+            padded = packed.new_zeros(grid[0] * grid[1], *packed.shape[1:])
+            padded = padded.index_copy(0, packing.padded_index, packed)
+            return padded.view(*grid, *packed.shape[1:]).transpose(1, 2)
+
+        groups = query.shape[1] // key.shape[1]
+        output = F.scaled_dot_product_attention(
+            unpack(query),
+            unpack(key).repeat_interleave(groups, 1),
+            unpack(value).repeat_interleave(groups, 1),
+            is_causal=True,
+        )
+        return output.transpose(1, 2).flatten(0, 1)[packing.padded_index].flatten(1)

@@ -1,0 +1,124 @@
+"""Builds the policy as a megatron-core `GPTModel`."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl import device
+from megatron_rl.config import Config, ConfigError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.attention import PackedAttention
+
+
+def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
+    """megatron-core's configuration of `architecture`, with the user's `model.megatron` options applied last.
+
+    Raises:
+        ConfigError: for an option that megatron-core does not have, or a value that it refuses.
+    """
+    low_precision = config.model.precision != "fp32"
+    dtype = torch.bfloat16 if low_precision else torch.float32
+    std = architecture.init_std
+    options: dict[str, Any] = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.kv_heads,
+        "kv_channels": architecture.head_dim,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_eps,
+        "qk_layernorm": architecture.qk_norm,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": std,
+        "tensor_model_parallel_size": config.parallel.tp_size,
+        "pipeline_model_parallel_size": config.parallel.pp_size,
+        "sequence_parallel": config.parallel.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": low_precision,
+        "fp8": "hybrid" if config.model.precision == "fp8" else None,
+        # Micro-batches have the lengths that their sequences give them (refused with the default MoE dispatcher).
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # The loss is a sum over tokens whose weights are normalised over the whole mini-batch.
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not device.on_gpu(),
+        "batch_p2p_comm": device.on_gpu(),
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": device.has_transformer_engine(),
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name in config.model.megatron:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"model.megatron.{name} is not an option of megatron-core's TransformerConfig{hint}")
+    try:
+        return TransformerConfig(**(options | config.model.megatron))
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"model.megatron: megatron-core refuses the configuration: {error}") from error
+
+
+def _layer_spec(architecture: Architecture) -> ModuleSpec:
+    if device.has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def build_policy(config: Config, architecture: Architecture) -> GPTModel:
+    """This rank's part of the policy, on its device, with random weights.
+
+    Its forward takes packed rows (`input_ids` [1, tokens] int64, `packed_seq_params`) and returns, on the last pipeline
+    stage, vocabulary-parallel logits [1, rows, vocab / tp_size] of the rows selected by `select_rows`, and hidden
+    states [tokens, 1, hidden] elsewhere.
+    """
+    tp = config.parallel.tp_size
+    model = GPTModel(
+        config=transformer_config(config, architecture),
+        transformer_layer_spec=_layer_spec(architecture),
+        vocab_size=architecture.padded_vocab(tp),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+    )
+    frequencies = model.rotary_pos_emb.inv_freq
+    model.rotary_pos_emb.inv_freq = architecture.inverse_frequencies().to(frequencies.device)
+    target = torch.device("cuda", torch.cuda.current_device()) if device.on_gpu() else torch.device("cpu")
+    model = model.to(device=target, dtype=model.config.params_dtype)
+    if model.post_process and not config.parallel.sequence_parallel:
+        _compute_logits_of_selected_rows_only(model)
+    return model
+
+
+def _compute_logits_of_selected_rows_only(model: GPTModel) -> None:
+    """Prompt tokens need no logits: drop their rows before the output layer, the largest of the model."""
+
+    def select(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = model.selected_rows
+        return arguments if rows is None else (arguments[0].index_select(0, rows), *arguments[1:])
+
+    model.selected_rows = None
+    model.output_layer.register_forward_pre_hook(select)

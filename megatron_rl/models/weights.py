@@ -1,0 +1,218 @@
+"""Weights between Hugging Face checkpoints, Megatron shards and engines."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vllm.distributed.weight_transfer.base import ParamMeta
+
+from megatron_rl.checkpoint import copy_model_files
+from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.mapping import Shard, hf_shapes, local_shape, shard_parameters
+from rollout.shm_transfer import ShardedWeightSource
+
+EXPORT_SHARD_BYTES = 4 * 2**30
+# With Transformer Engine the norms before a linear layer are part of it.
+TRANSFORMER_ENGINE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def current_shard() -> Shard:
+    """This rank's coordinates."""
+    return Shard(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def _live_parameters(model: GPTModel) -> dict[str, torch.Tensor]:
+    live = dict(model.named_parameters())
+    for ours, theirs in TRANSFORMER_ENGINE_NAMES.items():
+        for name in [name for name in live if name.endswith(theirs)]:
+            live[name.removesuffix(theirs) + ours] = live.pop(name)
+    return live
+
+
+@torch.no_grad()
+def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> None:
+    """Stream this rank's part of the safetensors in `folder` into `model`, tensor slice by tensor slice.
+
+    Raises:
+        ConfigError: when the folder has no safetensors, or a tensor is missing or has another shape.
+    """
+    files = _tensor_files(Path(folder))
+    shapes = hf_shapes(arch)
+    live = _live_parameters(model)
+    for parameter in shard_parameters(arch, current_shard()):
+        target = live[parameter.name]
+        for block in parameter.blocks:
+            if block.hf_name not in files:
+                raise ConfigError(f"model.path={str(folder)!r} lacks the tensor {block.hf_name}; is it the whole model?")
+            with safe_open(files[block.hf_name], "pt") as file:
+                stored = file.get_slice(block.hf_name)
+                if tuple(stored.get_shape()) != shapes[block.hf_name]:
+                    raise ConfigError(
+                        f"{files[block.hf_name]}: {block.hf_name} has shape {stored.get_shape()}, but config.json says "
+                        f"{list(shapes[block.hf_name])}."
+                    )
+                target[block.local_index] = stored[block.hf_index].to(target.device, target.dtype)
+        if parameter.name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            used = sum(block.local_index[0].stop for block in parameter.blocks)
+            target[used:] = 0
+
+
+def has_hf_weights(folder: str | Path) -> bool:
+    """Whether `folder` holds safetensors (it may hold a `config.json` only, for a model to train from scratch)."""
+    return any(Path(folder).glob("*.safetensors"))
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    if not files:
+        raise ConfigError(f"model.path={str(folder)!r} has no *.safetensors; it must hold the model's weights.")
+    return files
+
+
+class MegatronWeightSource(ShardedWeightSource):
+    """The policy's weights under Hugging Face names, as vLLM's weight transfer reads them.
+
+    `pieces` gives what this rank holds, without communication; iteration gives full tensors, by collectives that all
+    ranks of one model replica run in lockstep.
+    """
+
+    def __init__(self, model: GPTModel, arch: Architecture) -> None:
+        self.arch = arch
+        self.shard = current_shard()
+        self.live = _live_parameters(model)
+        self.dtype = model.config.params_dtype
+        self.shapes = hf_shapes(arch)
+        self.first_replica = parallel_state.get_data_parallel_rank() == 0
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, dtype and full shape of every tensor, in the order of iteration."""
+        names: dict[str, None] = {}
+        for stage in range(self.shard.pp_size):
+            for parameter in shard_parameters(self.arch, self._at(0, stage)):
+                if not parameter.copy:
+                    names |= dict.fromkeys(block.hf_name for block in parameter.blocks)
+        return [ParamMeta(name, self.dtype, self.shapes[name]) for name in names]
+
+    def pieces(self) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]:
+        """(HF name, index into the full tensor, values) for all that this rank contributes.
+
+        Over all ranks every element of every tensor is given exactly once.
+        """
+        if not self.first_replica:
+            return
+        for parameter in shard_parameters(self.arch, self.shard):
+            if parameter.copy or (parameter.replicated and self.shard.tp_rank > 0):
+                continue
+            local = self.live[parameter.name].detach()
+            for block in parameter.blocks:
+                yield block.hf_name, block.hf_index, local[block.local_index]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for stage in range(self.shard.pp_size):
+            own = {p.name: p for p in shard_parameters(self.arch, self._at(self.shard.tp_rank, stage))}
+            parts = [
+                {p.name: p for p in shard_parameters(self.arch, self._at(rank, stage))}
+                for rank in range(self.shard.tp_size)
+            ]
+            for name, parameter in own.items():
+                if parameter.copy:
+                    continue
+                yield from self._assemble(stage, name, [part[name].blocks for part in parts])
+
+    def _assemble(self, stage: int, name: str, blocks_of: list) -> Iterator[tuple[str, torch.Tensor]]:
+        shards = self._collect(stage, name)
+        full: dict[str, torch.Tensor] = {}
+        for shard, blocks in zip(shards, blocks_of, strict=True):
+            for block in blocks:
+                if block.hf_name not in full:
+                    full[block.hf_name] = shard.new_empty(self.shapes[block.hf_name])
+                full[block.hf_name][block.hf_index] = shard[block.local_index]
+        yield from full.items()
+
+    def _collect(self, stage: int, name: str) -> list[torch.Tensor]:
+        """The parameter's shards by tensor-parallel rank, on every rank."""
+        mine = self._at(self.shard.tp_rank, stage)
+        parameter = next(p for p in shard_parameters(self.arch, mine) if p.name == name)
+        if stage == self.shard.pp_rank:
+            local = self.live[name].detach().contiguous()
+        else:
+            any_live = next(iter(self.live.values()))
+            local = any_live.new_empty(local_shape(self.arch, mine, parameter))
+        if self.shard.pp_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(local, torch.distributed.get_global_rank(group, stage), group=group)
+        if self.shard.tp_size == 1:
+            return [local]
+        shards = [torch.empty_like(local) for _ in range(self.shard.tp_size)]
+        torch.distributed.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
+        return shards
+
+    def _at(self, tp_rank: int, pp_rank: int) -> Shard:
+        return Shard(tp_rank, self.shard.tp_size, pp_rank, self.shard.pp_size)
+
+
+def export_hf(source: MegatronWeightSource, template: str | Path, folder: Path) -> None:
+    """Write a Hugging Face model: weights from `source`, everything else copied from `template`.
+
+    Called on every rank; rank 0 writes. The folder appears at once, complete.
+    """
+    writes = torch.distributed.get_rank() == 0
+    draft = folder.with_name(folder.name + ".tmp")
+    if writes:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        copy_model_files(template, draft)
+    pending: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    size = number = 0
+
+    def flush() -> None:
+        nonlocal number, size
+        number += 1
+        name = f"model-{number:05d}.safetensors"
+        save_file(pending, draft / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(pending, name))
+        pending.clear()
+        size = 0
+
+    for name, tensor in source:
+        if not writes:
+            continue
+        pending[name] = tensor.cpu().clone()
+        size += tensor.nbytes
+        if size >= EXPORT_SHARD_BYTES:
+            flush()
+    if writes:
+        if pending:
+            flush()
+        _finish_export(draft, index)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    torch.distributed.barrier()
+
+
+def _finish_export(draft: Path, index: dict[str, str]) -> None:
+    if len(set(index.values())) == 1:
+        (draft / "model-00001.safetensors").rename(draft / "model.safetensors")
+        return
+    total = sum(path.stat().st_size for path in draft.glob("*.safetensors"))
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (draft / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))

@@ -1,0 +1,249 @@
+"""The policy's forward and update passes over megatron-core's pipeline schedules.
+
+Every rank calls every method with the same batch; data-parallel ranks take their shares of it, pipeline stages and
+tensor-parallel parts take their places by megatron-core's groups.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_rl.algorithms import PolicyTokens, policy_objective, token_weights
+from megatron_rl.batch import Batch, Microbatch, build_microbatch, plan_microbatches, with_values
+from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
+from megatron_rl.config import Config
+from megatron_rl.config.schema import Train
+from megatron_rl.device import Runtime
+from megatron_rl.logprobs import token_logprobs
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.policy import build_policy
+from megatron_rl.models.weights import MegatronWeightSource, has_hf_weights, load_hf_weights
+
+Progress = Callable[[int, int], None]
+"""Called with (micro-batches done, micro-batches in all) of this rank."""
+Metrics = dict[str, float]
+LossFunction = Callable[[Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(micro-batch, logprobs [tokens], entropies [tokens]) -> (this micro-batch's part of the loss, of the metrics)."""
+
+
+def learning_rate(train: Train, update: int, total_updates: int) -> float:
+    """Learning rate of optimizer step `update` (counted from 0): linear warm-up, then the configured decay."""
+    if update < train.warmup_steps:
+        return train.lr * (update + 1) / train.warmup_steps
+    span = max(total_updates - train.warmup_steps, 1)
+    progress = min((update - train.warmup_steps) / span, 1.0)
+    if train.lr_schedule == "constant":
+        share = 1.0
+    elif train.lr_schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * share)
+
+
+class Policy:
+    """A model for forward passes: the frozen reference, or the base of the trained policy."""
+
+    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int) -> None:
+        """Build this rank's part and load its weights from `config.model.path`, when there are any.
+
+        Args:
+            config: the experiment.
+            runtime: this process's place.
+            arch: shape of the model.
+            vocab_limit: token ids from here on are excluded from every distribution.
+        """
+        self.config, self.runtime, self.arch, self.vocab_limit = config, runtime, arch, vocab_limit
+        self.model: GPTModel = build_policy(config, arch)
+        if has_megatron_weights(config.model.path):
+            load_megatron_weights(self.model, config.model.path)
+        elif has_hf_weights(config.model.path) or config.model.scratch is None:
+            load_hf_weights(self.model, arch, config.model.path)
+        self.module: torch.nn.Module = self.model
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
+        """Log-probabilities of all response tokens at the rollout temperature, float32 [tokens] on every rank's CPU."""
+        self.module.eval()
+        results = self._run(batch, None, forward_only=True, progress=progress)
+        flat = torch.zeros(batch.tokens)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for places, values in results:
+                flat[places] = values
+        # Each token was scored by one data-parallel rank; all others hold zeros.
+        torch.distributed.all_reduce(flat, group=self.runtime.control_group)
+        return flat
+
+    def _run(
+        self, batch: Batch, loss_function: LossFunction | None, forward_only: bool, progress: Progress | None
+    ) -> list[Any]:
+        """One pass of this rank's share through the pipeline schedule.
+
+        Returns, on the last stage: per micro-batch (flat places, logprobs) without a loss, else the metrics.
+        """
+        lengths = [batch.sequence_length(index) for index in range(len(batch.prompts))]
+        budget = self.config.train.tokens_per_microbatch
+        shares = plan_microbatches(lengths, budget, parallel_state.get_data_parallel_world_size())
+        rows = shares[parallel_state.get_data_parallel_rank()]
+        multiple = self.config.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+
+        def microbatches() -> Iterator[Microbatch]:
+            for done, row in enumerate(rows):
+                yield build_microbatch(batch, row, multiple, self.runtime.device)
+                if progress is not None:
+                    progress(done + 1, len(rows))
+
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, loss_function),
+            data_iterator=microbatches(),
+            model=[self.module],
+            num_microbatches=len(rows),
+            seq_length=budget,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=loss_function is None,
+        )
+        return results
+
+    def _forward_step(
+        self, loss_function: LossFunction | None, iterator: Iterator[Microbatch], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        microbatch = next(iterator)
+        self.model.selected_rows = microbatch.rows
+        output = module(microbatch.input_ids, None, None, packed_seq_params=microbatch.packing)
+        return output, partial(self._finish, microbatch, loss_function)
+
+    def _finish(
+        self, microbatch: Microbatch, loss_function: LossFunction | None, logits: torch.Tensor, non_loss_data: bool = False
+    ) -> Any:
+        logits = logits[0]
+        if self.config.parallel.sequence_parallel:
+            logits = logits.index_select(0, microbatch.rows)
+        logprobs, entropies = token_logprobs(
+            logits,
+            microbatch.targets,
+            self.config.rollout.temperature,
+            self.vocab_limit,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        if loss_function is None:
+            return microbatch.flat_index, logprobs.cpu()
+        loss, metrics = loss_function(microbatch, logprobs, entropies)
+        # With zero counted tokens megatron-core leaves the gradient as it is: the weights are already normalised.
+        return loss, torch.zeros((), dtype=torch.int64, device=loss.device), metrics
+
+
+class Trainer(Policy):
+    """The trained policy: `Policy` with gradients, a distributed optimizer and the update passes."""
+
+    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int) -> None:
+        super().__init__(config, runtime, arch, vocab_limit)
+        train, low_precision = config.train, config.model.precision != "fp32"
+        self.module = DistributedDataParallel(
+            self.model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
+            ),
+            self.model,
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=train.lr,
+                weight_decay=train.weight_decay,
+                adam_beta1=train.adam_beta1,
+                adam_beta2=train.adam_beta2,
+                clip_grad=train.clip_grad,
+                bf16=low_precision,
+                params_dtype=self.model.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.module],
+        )
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.weights = MegatronWeightSource(self.model, arch)
+        self.updates = 0
+
+    def update(self, batch: Batch, progress: Progress | None = None) -> Metrics:
+        """One RL update: `train.minibatches` optimizer steps on consecutive parts of the batch.
+
+        `batch` carries rollout_logprobs, old_logprobs, advantages and, with a KL penalty, ref_logprobs.
+
+        Returns:
+            On rank 0, means over the mini-batches of what `policy_objective` reports, and the gradient norm and
+            learning rate; elsewhere an empty dict.
+        """
+        algorithm, parts = self.config.algorithm, self.config.train.minibatches
+        size = len(batch.prompts) // parts
+        collected: list[Metrics] = []
+        for part in range(parts):
+            minibatch = batch.select(part * size, (part + 1) * size)
+            minibatch = with_values(minibatch, weights=token_weights(minibatch.lengths, algorithm.aggregation))
+            total_tokens = minibatch.tokens
+
+            def loss(
+                microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor, total: int = total_tokens
+            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                values = microbatch.values
+                tokens = PolicyTokens(
+                    new_logprobs=logprobs,
+                    entropy=entropies,
+                    old_logprobs=values["old_logprobs"],
+                    rollout_logprobs=values["rollout_logprobs"],
+                    ref_logprobs=values.get("ref_logprobs"),
+                    advantages=values["advantages"],
+                    weights=values["weights"],
+                    total_tokens=total,
+                )
+                return policy_objective(tokens, algorithm)
+
+            collected.append(self._optimize(minibatch, loss, progress))
+        return {name: sum(metrics[name] for metrics in collected) / parts for name in collected[0]}
+
+    def imitate(self, batch: Batch, progress: Progress | None = None) -> Metrics:
+        """One supervised step: mean negative log-likelihood of the response tokens. Returns as `update` does."""
+        batch = with_values(batch, weights=token_weights(batch.lengths, "token-mean"))
+
+        def loss(
+            microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            value = -(microbatch.values["weights"] * logprobs).sum()
+            return value, {"loss": value.detach()}
+
+        return self._optimize(batch, loss, progress)
+
+    def _optimize(self, batch: Batch, loss: LossFunction, progress: Progress | None) -> Metrics:
+        self.module.train()
+        self.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(batch, loss, forward_only=False, progress=progress)
+        rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        _, grad_norm, _ = self.optimizer.step()
+        self.updates += 1
+        metrics = self._sum_on_driver(results)
+        return metrics | {"grad_norm": float(grad_norm), "lr": rate} if self.runtime.is_driver else {}
+
+    def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
+        mine: Metrics = {}
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for metrics in results:
+                for name, value in metrics.items():
+                    mine[name] = mine.get(name, 0.0) + float(value)
+        gathered: list[Metrics] | None = [{}] * self.runtime.world_size if self.runtime.is_driver else None
+        torch.distributed.gather_object(mine, gathered, dst=0, group=self.runtime.control_group)
+        total: Metrics = {}
+        for part in gathered or []:
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
