@@ -1,0 +1,54 @@
+# `make demo` and `make test` set everything up themselves; the first run takes a few minutes, later ones start at once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: demo test test-all lint clean setup
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+BIN := .venv/bin
+READY := .venv/.ready
+BASE_MODEL := runs/arithmetic-sft/hf/config.json
+# More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"
+ARGS ?=
+
+demo: $(READY) $(BASE_MODEL)
+	@run=runs/arithmetic; n=1; \
+	while [ -e $$run/hf/config.json ]; do n=$$((n + 1)); run=runs/arithmetic-$$n; done; \
+	[ $$n -eq 1 ] || echo "runs/arithmetic holds a finished demo and stays as it is; this one goes to $$run."; \
+	for arg in $(ARGS); do case $$arg in run_dir=*) run=$${arg#run_dir=};; esac; done; \
+	$(BIN)/megatron-rl train -c configs/arithmetic.yaml $(ARGS) run_dir=$$run; \
+	$(BIN)/megatron-rl report $$run
+
+# Order-only: a model that is there is not made again because a package was updated.
+$(BASE_MODEL): | $(READY)
+	$(BIN)/megatron-rl sft -c configs/arithmetic-sft.yaml
+
+test: $(READY)
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+$(READY): requirements-cpu.lock setup.py
+	@fail() { tail -n 20 .venv/setup.log; exit 1; }; \
+	echo "setup 1/3: virtual environment in .venv ($(PYTHON))"; \
+	$(PYTHON) -m venv .venv; \
+	echo "setup 2/3: pinned packages (about two minutes; log in .venv/setup.log)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile --no-deps \
+		-r requirements-cpu.lock > .venv/setup.log 2>&1 || fail; \
+	$(BIN)/python -c "import torch" 2>> .venv/setup.log || { \
+		echo "torch does not load: pip has probably chosen its CUDA build. Let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"; \
+		echo "point to the CPU builds of torch, remove .venv and try again."; exit 1; }; \
+	echo "setup 3/3: megatron-rl"; \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e . >> .venv/setup.log 2>&1 || fail
+	@touch $@
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
