@@ -52,7 +52,11 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
         environment = process_environment(config, int(task["LOCAL_WORLD_SIZE"]), {**os.environ, **task})
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *program], environment)
-    return _torchrun(config, program)
+    from megatron_rl.device import default_world_size
+
+    processes = default_world_size(config)
+    os.environ.update(process_environment(config, processes, os.environ))
+    return start_processes(processes, program)
 
 
 def check_experiment(config: Config, command: str) -> None:
@@ -138,18 +142,7 @@ def first_host(nodes: str) -> str:
     return found.group(1) + (found.group(2) or "")
 
 
-def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> int:
-    """This process is a trainer process: run, and leave the first error where torchrun finds it."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    _die_with_launcher()
-    if os.environ.get(LAUNCHER_PID) is None:  # the user's own launcher: nobody has checked anything yet
-        check_experiment(config, command)
-    record(run)(config)
-    return 0
-
-
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
     """torchrun gives each process a session of its own; without this a SIGKILL of the launcher leaves them running."""
     if os.environ.get(LAUNCHER_PID) == str(os.getppid()) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -157,11 +150,8 @@ def _die_with_launcher() -> None:
             os._exit(1)
 
 
-def _torchrun(config: Config, program: list[str]) -> int:
-    from megatron_rl import device
-
-    processes = device.default_world_size(config)
-    os.environ.update(process_environment(config, processes, os.environ))
+def start_processes(processes: int, program: Sequence[str]) -> int:
+    """Run `program` (arguments of Python) under torchrun on this machine; returns the exit status for this process."""
     os.environ[LAUNCHER_PID] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -175,6 +165,17 @@ def _torchrun(config: Config, program: list[str]) -> int:
         return _report(failure)
     except SignalException as stop:
         return 128 + int(stop.sigval)
+    return 0
+
+
+def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> int:
+    """This process is a trainer process: run, and leave the first error where torchrun finds it."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    die_with_launcher()
+    if os.environ.get(LAUNCHER_PID) is None:  # the user's own launcher: nobody has checked anything yet
+        check_experiment(config, command)
+    record(run)(config)
     return 0
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -27,7 +28,7 @@ PHASES = (  # metric, name, colour; in the order of a step
     ("time/checkpoint", "checkpoint", "#6b4f3a"),
 )
 OTHER = ("other", "#c3c7cd")
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -1,6 +1,7 @@
 """`report.md` with plots for a run, from its `metrics.jsonl` and `config.yaml`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -138,6 +139,6 @@ def _settings(file: Path) -> str:
     return f"## Settings\n\nAll of them are in [{file.name}]({file.name}).\n\n" + _table(("key", "value"), rows)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
