@@ -1,0 +1,190 @@
+"""One rollout engine: a vLLM engine in this process, fed with token ids and seeds. `RolloutFleet` runs the actors."""
+
+import dataclasses
+import difflib
+import os
+import time
+from typing import Any
+
+from megatron_rl.config import Config, ConfigError
+from rollout.checksum import combine
+from rollout.records import Rollout, RolloutRequest
+
+# Options of vLLM that follow from keys of ours, or on which this package relies.
+_RESERVED = {
+    "model": "set model.path",
+    "tensor_parallel_size": "set rollout.tp_size",
+    "weight_transfer_config": "set rollout.weight_sync",
+    "worker_extension_cls": "it is used by the engine itself",
+    "logprobs_mode": "it is always processed_logprobs",
+    "skip_tokenizer_init": "requests carry token ids, so it is always true",
+    "generation_config": "sampling follows from rollout.temperature alone",
+    "pipeline_parallel_size": "engines are split by rollout.tp_size alone",
+    "speculative_config": "draft tokens are not supported yet",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineEnvironment:
+    """What an engine needs to know of the machine; filled in by the program that knows it."""
+
+    env: dict[str, str]  # environment variables of the engine's process
+    gpus: float  # GPUs that Ray sets aside for one engine; 0 on CPU
+    dtype: str  # vLLM's dtype name, e.g. "float32"
+    weight_sync: str  # "shm" | "ipc" | "nccl"
+    vocab_limit: int  # token ids from this one on are never sampled: the size of the tokenizer
+    vllm: dict[str, Any]  # vLLM options that suit the machine; those of `rollout.vllm` come on top
+
+
+def check_vllm_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a name in `rollout.vllm` that vLLM does not have or that is not to be set there."""
+    from vllm import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in options:
+        if name in _RESERVED:
+            raise ConfigError(f"rollout.vllm.{name} cannot be set: {_RESERVED[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "the names are those of vLLM's EngineArgs."
+            raise ConfigError(f"rollout.vllm.{name} is no option of vLLM's engine; {hint}")
+
+
+def engine_arguments(config: Config, environment: EngineEnvironment, model_path: str) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs`. Raises ConfigError, see `check_vllm_options`."""
+    check_vllm_options(config.rollout.vllm)
+    arguments: dict[str, Any] = {
+        "max_model_len": config.data.max_prompt_tokens + config.rollout.max_tokens,
+        "disable_log_stats": True,
+        **environment.vllm,
+        **config.rollout.vllm,
+        "model": model_path,
+        "dtype": environment.dtype,
+        "tensor_parallel_size": config.rollout.tp_size,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": environment.weight_sync},
+        "worker_extension_cls": "rollout.worker.WorkerExtension",
+    }
+    if config.rollout.tp_size > 1:
+        # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
+        arguments["distributed_executor_backend"] = "mp"
+    return arguments
+
+
+class RolloutEngine:
+    """Generates one response per request. All methods run in the actor's one thread, in the order of the calls."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import EngineArgs, LLMEngine
+
+        if isinstance(arguments["weight_transfer_config"], dict):
+            from vllm.config import WeightTransferConfig
+
+            transfer = WeightTransferConfig(**arguments["weight_transfer_config"])
+            arguments = {**arguments, "weight_transfer_config": transfer}
+        self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._stop_ids = self._eos_token_ids()
+        self._running: dict[str, RolloutRequest] = {}
+        self._submitted = 0
+        self._policy_version = 0
+
+    def _eos_token_ids(self) -> list[int]:
+        # vLLM adds those of generation_config.json itself.
+        eos = self._llm.model_config.hf_config.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    def pid(self) -> int:
+        """The process id; it returns when the engine is up."""
+        return os.getpid()
+
+    def max_requests(self) -> int:
+        """Requests that can run at the same time."""
+        count: int = self._llm.vllm_config.scheduler_config.max_num_seqs
+        return count
+
+    def set_policy_version(self, version: int) -> None:
+        """The number that rollouts submitted from now on carry."""
+        self._policy_version = version
+
+    def submit(self, requests: list[RolloutRequest]) -> None:
+        """Queue requests. Raises ValueError for one that exceeds the model's length or vocabulary."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        for request in requests:
+            parameters = SamplingParams(
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                stop_token_ids=self._stop_ids,
+                logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"seed": request.seed},
+            )
+            self._submitted += 1
+            name = str(self._submitted)
+            self._llm.add_request(name, {"prompt_token_ids": request.prompt_ids}, parameters)
+            self._running[name] = request
+
+    def poll(self, seconds: float) -> list[Rollout]:
+        """Generate for that long, or until nothing is left to do; returns what finished meanwhile."""
+        deadline = time.monotonic() + seconds
+        finished: list[Rollout] = []
+        while self._running and time.monotonic() < deadline:
+            finished.extend(self._rollout(output) for output in self._step() if output.finished)
+        return finished
+
+    def _step(self) -> Any:
+        try:
+            return self._llm.step()
+        except Exception:
+            if getattr(self._llm.model_executor, "is_failed", False):
+                # A worker process died: end this one too, so that the fleet sees one kind of death.
+                os._exit(1)
+            raise
+
+    def _rollout(self, output: Any) -> Rollout:
+        request = self._running.pop(output.request_id)
+        completion = output.outputs[0]
+        tokens = list(completion.token_ids)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            epoch=request.epoch,
+            seed=request.seed,
+            prompt_ids=request.prompt_ids,
+            token_ids=tokens,
+            logprobs=[entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)],
+            finish_reason=completion.finish_reason,
+            policy_version=self._policy_version,
+        )
+
+    def abort_all(self) -> None:
+        """Forget all requests that have not finished."""
+        self._llm.abort_request(list(self._running))
+        self._running.clear()
+
+    def init_weight_transfer_engine(self, request: Any) -> None:
+        """vLLM's weight-sync protocol; `request` is its `WeightTransferInitRequest`."""
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": request.init_info})
+
+    def start_weight_update(self) -> None:
+        """vLLM's weight-sync protocol. Raises RuntimeError while requests are running."""
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are still running; finish or abort them before a sync.")
+        self._llm.collective_rpc("start_weight_update")
+
+    def update_weights(self, request: Any) -> None:
+        """vLLM's weight-sync protocol; `request` is its `WeightTransferUpdateRequest`."""
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": request.update_info})
+
+    def finish_weight_update(self) -> None:
+        """vLLM's weight-sync protocol; keys and values cached under the old weights are dropped."""
+        self._llm.collective_rpc("finish_weight_update")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM could not drop its prefix cache after a weight update.")
+
+    def checksums(self) -> dict[str, int]:
+        """Checksum of every Hugging Face tensor as the model multiplies with it, see `rollout.checksum`."""
+        return combine(self._llm.collective_rpc("weight_checksums"))

@@ -1,0 +1,239 @@
+"""The fleet: rollout engines as Ray actors, kept busy from one backlog, restarted when they die.
+
+fleet = RolloutFleet(config, environment, model_path, on_restart)
+for rollout in fleet.generate(requests): ...
+fleet.shutdown()
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from megatron_rl.config import Config
+from rollout import plugin
+from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
+from rollout.fleet_client import FleetClient
+from rollout.records import Rollout, RolloutRequest
+
+logger = logging.getLogger(__name__)
+
+# Long enough that the calls cost nothing beside the generation, short enough for completions to stream.
+POLL_SECONDS = 0.25
+
+# The store carries requests and rollouts only (weights travel otherwise); Ray's own default is 30 % of the memory.
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+RequestKey = tuple[str, int]
+
+
+@dataclass
+class EngineState:
+    """One engine and what it is working on."""
+
+    index: int
+    actor: Any
+    max_requests: int
+    running: dict[RequestKey, RolloutRequest] = field(default_factory=dict)
+    submitted: list[Any] = field(default_factory=list)  # submissions whose success has not been looked at
+    restarts: int = 0
+
+
+class RolloutFleet:
+    """`rollout.engines` engines holding the model at `model_path`.
+
+    `on_restart(index)` is called when an engine has died and is up again with the weights of `model_path`, before it
+    generates: the place to give it the current weights, through `client([index])`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environment: EngineEnvironment,
+        model_path: str,
+        on_restart: Callable[[int], None],
+    ) -> None:
+        """Start Ray if there is none, and the engines; returns when all are up.
+
+        Raises ConfigError for a wrong `rollout.vllm` option, RuntimeError when an engine does not start.
+        """
+        self._arguments = engine_arguments(config, environment, model_path)
+        self._environment = environment
+        self.workers_per_engine = config.rollout.tp_size
+        self._max_restarts = config.rollout.max_restarts
+        self._on_restart = on_restart
+        self._policy_version = 0
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _start_ray()
+        actors = [self._create_actor() for _ in range(config.rollout.engines)]
+        self._engines = [EngineState(i, actor, self._wait_until_up(i, actor)) for i, actor in enumerate(actors)]
+
+    def _create_actor(self) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
+            "num_gpus": self._environment.gpus,
+            "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
+            "runtime_env": {"env_vars": _engine_variables(self._environment)},
+        }
+        return ray.remote(RolloutEngine).options(**options).remote(self._arguments)
+
+    def _wait_until_up(self, index: int, actor: Any) -> int:
+        try:
+            count: int = ray.get(actor.max_requests.remote())
+            return count
+        except RayActorError as error:
+            raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
+
+    def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
+        """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index) must be unique.
+
+        Requests of one prompt go to one engine, which so computes the prompt once. Rollouts do not depend on the
+        number of engines or on the order. Raises RuntimeError when an engine died more often than
+        `rollout.max_restarts`.
+        """
+        if len({_key(request) for request in requests}) < len(requests):
+            raise ValueError("two requests have the same prompt id and sample index")
+        backlog = _groups(requests)
+        polls: dict[Any, EngineState] = {}
+        try:
+            while backlog or any(engine.running for engine in self._engines):
+                self._feed(backlog)
+                polling = {engine.index for engine in polls.values()}
+                for engine in self._engines:
+                    if engine.running and engine.index not in polling:
+                        polls[engine.actor.poll.remote(POLL_SECONDS)] = engine
+                ready, _ = ray.wait(list(polls), num_returns=1)
+                yield from self._collect(polls.pop(ready[0]), ready[0])
+        finally:
+            self._abandon(list(polls))
+
+    def _feed(self, backlog: deque[list[RolloutRequest]]) -> None:
+        """Hand groups from the backlog to the engines with the fewest requests."""
+        batches: dict[int, list[RolloutRequest]] = {}
+        while backlog:
+            engine = min(self._engines, key=lambda engine: len(engine.running))
+            # A lone engine gets everything at once, in order, so that its batches are the same in every run.
+            if len(self._engines) > 1 and len(engine.running) >= engine.max_requests:
+                break
+            group = backlog.popleft()
+            engine.running.update({_key(request): request for request in group})
+            batches.setdefault(engine.index, []).extend(group)
+        for index, batch in batches.items():
+            engine = self._engines[index]
+            engine.submitted.append(engine.actor.submit.remote(batch))
+
+    def _collect(self, engine: EngineState, poll: Any) -> list[Rollout]:
+        try:
+            finished: list[Rollout] = ray.get(poll)
+            ray.get(engine.submitted)
+        except RayActorError:
+            self.restart(engine.index)
+            engine.submitted = [engine.actor.submit.remote(list(engine.running.values()))]
+            return []
+        engine.submitted.clear()
+        for rollout in finished:
+            del engine.running[rollout.prompt_id, rollout.sample_index]
+        return finished
+
+    def _abandon(self, polls: list[Any]) -> None:
+        """Leave the engines idle, also when the caller stopped early or an error is on its way up."""
+        for engine in self._engines:
+            if engine.running:
+                engine.running.clear()
+                engine.submitted.clear()
+                polls.append(engine.actor.abort_all.remote())
+        if polls:
+            ray.wait(polls, num_returns=len(polls))
+
+    def restart(self, index: int) -> None:
+        """Replace a dead engine. Raises RuntimeError past `rollout.max_restarts`."""
+        engine = self._engines[index]
+        engine.restarts += 1
+        if engine.restarts > self._max_restarts:
+            raise RuntimeError(
+                f"Rollout engine {index} died {engine.restarts} times, more than rollout.max_restarts="
+                f"{self._max_restarts} allows; look for the cause (memory?) in Ray's logs of its process."
+            )
+        logger.warning("Rollout engine %d died; restarting it (%d/%d).", index, engine.restarts, self._max_restarts)
+        engine.actor = self._create_actor()
+        self._wait_until_up(index, engine.actor)
+        ray.get(engine.actor.set_policy_version.remote(self._policy_version))
+        self._on_restart(index)
+
+    def client(self, engines: list[int] | None = None) -> FleetClient:
+        """A vLLM weight-sync client that drives the given engines (default: all) in parallel."""
+        chosen = range(len(self._engines)) if engines is None else engines
+        return FleetClient(self, list(chosen))
+
+    def call(self, index: int, method: str, *arguments: Any) -> Any:
+        """Start a method of an engine; returns Ray's reference to the result."""
+        return getattr(self._engines[index].actor, method).remote(*arguments)
+
+    def checksums(self) -> list[dict[str, int]]:
+        """Per engine, the checksum of each Hugging Face tensor it holds; see `rollout.checksum`."""
+        sums: list[dict[str, int]] = ray.get([engine.actor.checksums.remote() for engine in self._engines])
+        return sums
+
+    def set_policy_version(self, version: int) -> None:
+        """The number that rollouts generated from now on carry."""
+        self._policy_version = version
+        ray.get([engine.actor.set_policy_version.remote(version) for engine in self._engines])
+
+    def pids(self) -> list[int]:
+        """Process ids of the engines."""
+        pids: list[int] = ray.get([engine.actor.pid.remote() for engine in self._engines])
+        return pids
+
+    def shutdown(self) -> None:
+        """Stop the engines, and Ray when this fleet started it."""
+        for engine in self._engines:
+            ray.kill(engine.actor)
+        self._engines = []
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+
+
+def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
+    """Environment of an engine's process: the plugin's settings, and where to import this package from."""
+    source = str(Path(__file__).resolve().parent.parent)
+    search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
+    return {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        **environment.env,
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        plugin.ENABLE: "1",
+        plugin.VOCAB_LIMIT: str(environment.vocab_limit),
+    }
+
+
+def _key(request: RolloutRequest) -> RequestKey:
+    return request.prompt_id, request.sample_index
+
+
+def _groups(requests: list[RolloutRequest]) -> deque[list[RolloutRequest]]:
+    """Requests by prompt, prompts in the order of their first request."""
+    groups: dict[str, list[RolloutRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.prompt_id, []).append(request)
+    return deque(groups.values())
