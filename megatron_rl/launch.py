@@ -136,10 +136,10 @@ def expand_counts(text: str) -> list[int]:
 
 def first_host(nodes: str) -> str:
     """First name of a Slurm node list: `gpu[007-009,12],login` means gpu007."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?", nodes)
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if found is None:
         raise ValueError(f"node list {nodes!r}")
-    return found.group(1) + (found.group(2) or "")
+    return "".join(part or "" for part in found.groups())
 
 
 def die_with_launcher() -> None:

@@ -1,0 +1,95 @@
+"""report.md from metrics, complete or not."""
+
+import io
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import yaml
+from rich.console import Console as Terminal
+
+from megatron_rl.metrics import METRICS_FILE
+from megatron_rl.report import accuracy_rows, print_summary, time_rows, write_report
+
+EVAL = "eval/arithmetic-heldout/greedy_accuracy"
+
+
+def write_run(run_dir: Path, records: list[dict]) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def full_run() -> list[dict]:
+    records: list[dict] = [{"step": 0, EVAL: 0.25, "time/eval": 2.0}]
+    for step in range(1, 5):
+        record = {"step": step, "reward/mean": 0.2 * step, "reward/std": 0.1, "response/length_mean": 40.0}
+        record |= {f"response/length_p{p}": 30.0 + p / 10 for p in (5, 25, 50, 75, 95)}
+        record |= {"logprob_gap/mean": 1e-6, "logprob_gap/max": 1e-5}
+        record |= {"time/generate": 2.0, "time/update": 1.0, "time/step": 4.0}
+        records.append(record)
+    records[-1][EVAL] = 0.75
+    return records
+
+
+def test_the_report_has_tables_and_readable_plots(tmp_path: Path) -> None:
+    write_run(tmp_path, full_run())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"train": {"lr": 0.5, "steps": 4}}))
+    text = write_report(tmp_path).read_text()
+    assert "| arithmetic-heldout, greedy | 25.0% | 75.0% | +50.0 points |" in text
+    assert "| generate | 8.0 s | 2.00 s | 50% |" in text
+    assert "| `train.lr` | 0.5 |" in text
+    assert "Not shown" not in text
+    for name in ("reward", "accuracy", "length", "logprob_gap", "time"):
+        assert f"(report-{name}.png)" in text
+        image = matplotlib.image.imread(tmp_path / f"report-{name}.png")
+        assert image.shape[1] > 600
+        assert image.std() > 0.01  # not an empty canvas
+
+
+def test_missing_metrics_skip_their_plots_and_say_so(tmp_path: Path) -> None:
+    write_run(tmp_path, full_run())
+    write_report(tmp_path)
+    write_run(tmp_path, [{"step": 1, "reward/mean": 0.5}])
+    text = write_report(tmp_path).read_text()
+    assert "![Reward]" in text
+    assert "Not shown, because the run has no such metrics: held-out accuracy, response length" in text
+    assert "no config.yaml" in text
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [
+        "report-reward.png"
+    ]  # no plot of the earlier report
+
+
+def test_null_values_are_skipped(tmp_path: Path) -> None:
+    write_run(tmp_path, [{"step": 1, "reward/mean": None, "time/step": 1.0}, {"step": 2, "reward/mean": 0.5}])
+    assert "![Reward]" in write_report(tmp_path).read_text()
+
+
+def test_a_gap_of_exactly_zero_draws_no_logarithmic_plot(tmp_path: Path) -> None:
+    write_run(tmp_path, [{"step": 1, "reward/mean": 1.0, "logprob_gap/mean": 0.0, "logprob_gap/max": 0.0}])
+    assert "log-probability gap" in write_report(tmp_path).read_text().split("Not shown")[1]
+
+
+def test_time_outside_the_phases_is_other() -> None:
+    rows = time_rows([{"step": 0, "time/eval": 9.0}, {"step": 1, "time/generate": 2.0, "time/step": 4.0}])
+    assert rows == [
+        ("generate", "2.0 s", "2.00 s", "50%"),
+        ("other", "2.0 s", "2.00 s", "50%"),
+        ("all", "4.0 s", "4.00 s", "100%"),
+    ]
+
+
+def test_accuracy_measured_once_is_no_change() -> None:
+    assert accuracy_rows([{"step": 0, EVAL: 0.5}]) == [
+        ("arithmetic-heldout, greedy", "50.0%", "50.0%", "measured once")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"), [(full_run(), "+50.0 points"), ([{"step": 1, "a": 1}], "no evaluation")]
+)
+def test_the_summary_names_the_change(tmp_path: Path, records: list[dict], expected: str) -> None:
+    write_run(tmp_path, records)
+    out = io.StringIO()
+    print_summary(tmp_path, Terminal(file=out, width=100))
+    assert expected in out.getvalue()
