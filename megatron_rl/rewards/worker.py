@@ -39,6 +39,7 @@ def resolve(name: str) -> Callable[[str, str, str], Any]:
         ValueError: with the reason, when there is no such function.
     """
     if name in BUILTIN:
+        BUILTIN[name]("", "1", "1")  # what it imports on the first call must not count as scoring time
         return BUILTIN[name]
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
