@@ -1,7 +1,7 @@
 """A batch of sequences, and its micro-batches.
 
-Layout: per-token values exist for *response* tokens only and are flat, `[tokens]`: the responses of all sequences of the
-batch one after the other. `Batch.offsets[i]` is where sequence i begins.
+Layout: per-token values exist for *response* tokens only and are flat, `[tokens]`: the responses of all sequences of
+the batch one after the other. `Batch.offsets[i]` is where sequence i begins.
 """
 
 import dataclasses
@@ -117,7 +117,10 @@ def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: to
     An empty list gives a row of padding, which keeps all ranks of a pipeline in step.
     """
     input_ids: list[int] = []
-    rows, targets, flat_index, lengths = [], [], [], []
+    rows: list[int] = []
+    targets: list[int] = []
+    flat_index: list[int] = []
+    lengths: list[int] = []
     offsets = batch.offsets.tolist()
     for index in indices:
         prompt, response = batch.prompts[index], batch.responses[index]

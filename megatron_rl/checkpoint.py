@@ -1,7 +1,8 @@
 """Checkpoints: written atomically, the newest few kept, independent of the parallel layout.
 
-A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model, optimizer, and a
-small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model folder by itself.
+A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model,
+optimizer, and a small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model
+folder by itself.
 """
 
 import shutil
@@ -35,19 +36,19 @@ def latest_step(run_dir: str | Path) -> int | None:
     return max(steps, default=None)
 
 
-def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> None:
+def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: int) -> None:
     """Save on all ranks. The folder gets its name only when it is complete.
 
     Args:
         trainer: model and optimizer.
         run_dir: the run's folder.
         step: RL steps done.
-        state: plain values to restore with it.
         keep: newest checkpoints to keep; older ones are removed.
     """
     folder = checkpoint_folder(run_dir, step)
     contents = _sharded_state(trainer, loading=False)
-    contents["state"] = state | {"step": step, "updates": trainer.updates}
+    # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
+    contents["state"] = {"step": step, "updates": trainer.updates}
     write_model_folder(contents, trainer.config.model.path, folder)
     if trainer.runtime.is_driver:
         for old in sorted(folder.parent.glob("step_*"))[:-keep]:
@@ -55,11 +56,8 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, state: d
     torch.distributed.barrier()
 
 
-def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> dict[str, Any]:
+def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
     """Restore model and optimizer in place on all ranks; the layout may differ from the one saved.
-
-    Returns:
-        The plain values given to `save_checkpoint`.
 
     Raises:
         ConfigError: when the checkpoint cannot be read.
@@ -68,9 +66,7 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> dict[
     contents = _load(_sharded_state(trainer, loading=True), folder)
     trainer.model.load_state_dict(contents["model"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
-    state: dict[str, Any] = contents["state"]
-    trainer.updates = state["updates"]
-    return state
+    trainer.updates = contents["state"]["updates"]
 
 
 def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
@@ -122,5 +118,7 @@ def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(contents, str(folder / "megatron"))
     except Exception as error:
-        raise ConfigError(f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one.") from error
+        raise ConfigError(
+            f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one."
+        ) from error
     return loaded

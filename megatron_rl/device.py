@@ -1,7 +1,7 @@
 """CPU and CUDA bring-up: the one module that asks which device it is on.
 
-Everything that differs between a laptop and a GPU node is answered here: backends of the process groups, the environment
-of trainer and engine processes, the layer implementation, where tensors live.
+Everything that differs between a laptop and a GPU node is answered here: backends of the process groups, the
+environment of trainer and engine processes, the layer implementation, where tensors live.
 """
 
 import datetime
@@ -81,11 +81,13 @@ def check_device(config: Config) -> None:
     backend = config.rollout.weight_sync
     allowed = ("auto", "ipc", "nccl") if on_gpu() else ("auto", "shm")
     if backend not in allowed:
-        raise ConfigError(f"rollout.weight_sync={backend} does not work on this machine; use one of {', '.join(allowed)}.")
+        raise ConfigError(
+            f"rollout.weight_sync={backend} does not work on this machine; use one of {', '.join(allowed)}."
+        )
 
 
 def default_world_size(config: Config) -> int:
-    """Trainer processes to start on this machine: `dp_size` null means one replica on a CPU, all visible GPUs otherwise.
+    """Trainer processes to start here: `dp_size` null means one replica on a CPU, all visible GPUs otherwise.
 
     Raises:
         ConfigError: when the GPUs do not suffice.
@@ -99,8 +101,8 @@ def default_world_size(config: Config) -> int:
         world_size = model_size
     if on_gpu() and world_size > torch.cuda.device_count():
         raise ConfigError(
-            f"parallel.tp_size x pp_size x dp_size = {world_size} but this machine shows {torch.cuda.device_count()} GPUs; "
-            "lower them, or use launch/multinode.sh."
+            f"parallel.tp_size x pp_size x dp_size = {world_size} but this machine shows "
+            f"{torch.cuda.device_count()} GPUs; lower them, or use launch/multinode.sh."
         )
     check_world_size(config, world_size)
     return world_size

@@ -1,7 +1,7 @@
 """Log-probabilities and entropy of given tokens from vocabulary-parallel logits.
 
-Each rank of the tensor-parallel group holds a slice of the vocabulary; three small all-reduces per call combine the slices, so the
-gathered [rows, vocab] never exists. Work goes chunk by chunk, which bounds the float32 temporaries.
+Each rank of the tensor-parallel group holds a slice of the vocabulary; two small all-reduces per call combine the
+slices, so the gathered [rows, vocab] never exists. Work goes chunk by chunk, which bounds the float32 temporaries.
 """
 
 from typing import Any

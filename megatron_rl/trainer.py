@@ -25,7 +25,7 @@ from megatron_rl.device import Runtime
 from megatron_rl.logprobs import token_logprobs
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.policy import build_policy
-from megatron_rl.models.weights import MegatronWeightSource, has_hf_weights, load_hf_weights
+from megatron_rl.models.weights import PolicyWeights, draw_weights, has_hf_weights, load_hf_weights
 
 Progress = Callable[[int, int], None]
 """Called with (micro-batches done, micro-batches in all) of this rank."""
@@ -52,26 +52,32 @@ def learning_rate(train: Train, update: int, total_updates: int) -> float:
 class Policy:
     """A model for forward passes: the frozen reference, or the base of the trained policy."""
 
-    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int) -> None:
-        """Build this rank's part and load its weights from `config.model.path`, when there are any.
+    def __init__(
+        self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int, temperature: float
+    ) -> None:
+        """Build this rank's part and load its weights from `config.model.path`, or draw them for `model.scratch`.
 
         Args:
             config: the experiment.
             runtime: this process's place.
             arch: shape of the model.
             vocab_limit: token ids from here on are excluded from every distribution.
+            temperature: divides the logits of every distribution.
         """
-        self.config, self.runtime, self.arch, self.vocab_limit = config, runtime, arch, vocab_limit
+        self.config, self.runtime, self.arch = config, runtime, arch
+        self.vocab_limit, self.temperature = vocab_limit, temperature
         self.model: GPTModel = build_policy(config, arch)
         if has_megatron_weights(config.model.path):
             load_megatron_weights(self.model, config.model.path)
-        elif has_hf_weights(config.model.path) or config.model.scratch is None:
+        elif config.model.scratch is not None and not has_hf_weights(config.model.path):
+            draw_weights(self.model, arch, config.train.seed)
+        else:
             load_hf_weights(self.model, arch, config.model.path)
         self.module: torch.nn.Module = self.model
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
-        """Log-probabilities of all response tokens at the rollout temperature, float32 [tokens] on every rank's CPU."""
+        """Log-probabilities of all response tokens, float32 [tokens] on every rank's CPU."""
         self.module.eval()
         results = self._run(batch, None, forward_only=True, progress=progress)
         flat = torch.zeros(batch.tokens)
@@ -122,7 +128,11 @@ class Policy:
         return output, partial(self._finish, microbatch, loss_function)
 
     def _finish(
-        self, microbatch: Microbatch, loss_function: LossFunction | None, logits: torch.Tensor, non_loss_data: bool = False
+        self,
+        microbatch: Microbatch,
+        loss_function: LossFunction | None,
+        logits: torch.Tensor,
+        non_loss_data: bool = False,
     ) -> Any:
         logits = logits[0]
         if self.config.parallel.sequence_parallel:
@@ -130,7 +140,7 @@ class Policy:
         logprobs, entropies = token_logprobs(
             logits,
             microbatch.targets,
-            self.config.rollout.temperature,
+            self.temperature,
             self.vocab_limit,
             parallel_state.get_tensor_model_parallel_group(),
         )
@@ -144,16 +154,19 @@ class Policy:
 class Trainer(Policy):
     """The trained policy: `Policy` with gradients, a distributed optimizer and the update passes."""
 
-    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int) -> None:
-        super().__init__(config, runtime, arch, vocab_limit)
+    def __init__(
+        self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int, temperature: float
+    ) -> None:
+        super().__init__(config, runtime, arch, vocab_limit, temperature)
         train, low_precision = config.train, config.model.precision != "fp32"
-        self.module = DistributedDataParallel(
+        self.ddp = DistributedDataParallel(
             self.model.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
             ),
             self.model,
         )
+        self.module = self.ddp
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -166,11 +179,11 @@ class Trainer(Policy):
                 params_dtype=self.model.config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self.module],
+            [self.ddp],
         )
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
-        self.weights = MegatronWeightSource(self.model, arch)
+        self.weights = PolicyWeights(self.model, arch)
         self.updates = 0
 
     def update(self, batch: Batch, progress: Progress | None = None) -> Metrics:
@@ -223,7 +236,7 @@ class Trainer(Policy):
 
     def _optimize(self, batch: Batch, loss: LossFunction, progress: Progress | None) -> Metrics:
         self.module.train()
-        self.module.zero_grad_buffer()
+        self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batch, loss, forward_only=False, progress=progress)
         rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
@@ -237,9 +250,9 @@ class Trainer(Policy):
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
         mine: Metrics = {}
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            for metrics in results:
-                for name, value in metrics.items():
-                    mine[name] = mine.get(name, 0.0) + float(value)
+            for result in results:
+                for name, tensor in result.items():
+                    mine[name] = mine.get(name, 0.0) + float(tensor)
         gathered: list[Metrics] | None = [{}] * self.runtime.world_size if self.runtime.is_driver else None
         torch.distributed.gather_object(mine, gathered, dst=0, group=self.runtime.control_group)
         total: Metrics = {}

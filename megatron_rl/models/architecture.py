@@ -73,8 +73,8 @@ class Architecture:
             ValueError: for a `rope_type` other than default, linear and llama3.
         """
         rope = self.rope
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        frequencies = 1.0 / (rope["rope_theta"] ** exponent)
+        exponent: torch.Tensor = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponent)
         kind = rope["rope_type"]
         if kind == "default":
             return frequencies
@@ -87,4 +87,5 @@ class Architecture:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
         smooth = smooth.clamp(0, 1)
-        return frequencies * (smooth + (1 - smooth) / rope["factor"])
+        scaled: torch.Tensor = frequencies * (smooth + (1 - smooth) / rope["factor"])
+        return scaled

@@ -1,8 +1,8 @@
 """Which part of which Hugging Face tensor each Megatron parameter shard holds.
 
 One description serves loading, resharding into engines, checksums and export: every local parameter is a list of
-*blocks*, each saying that `local[local_index] == hf_tensor[hf_index]`. It is a pure function of the architecture and of the
-shard's coordinates, so any rank can compute what any other rank holds.
+*blocks*, each saying that `local[local_index] == hf_tensor[hf_index]`. It is a pure function of the architecture and
+of the shard's coordinates, so any rank can compute what any other rank holds.
 
 Terms: a *shard* is the part of the model at one (tensor-parallel rank, pipeline stage).
 """

@@ -1,8 +1,11 @@
 """Weights between Hugging Face checkpoints, Megatron shards and engines."""
 
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,13 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from vllm.distributed.weight_transfer.base import ParamMeta
 
 from megatron_rl.checkpoint import copy_model_files
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.mapping import Shard, hf_shapes, local_shape, shard_parameters
-from rollout.shm_transfer import ShardedWeightSource
+from megatron_rl.models.mapping import Block, Shard, hf_shapes, local_shape, shard_parameters
 
 EXPORT_SHARD_BYTES = 4 * 2**30
 # With Transformer Engine the norms before a linear layer are part of it.
@@ -58,7 +59,9 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
         target = live[parameter.name]
         for block in parameter.blocks:
             if block.hf_name not in files:
-                raise ConfigError(f"model.path={str(folder)!r} lacks the tensor {block.hf_name}; is it the whole model?")
+                raise ConfigError(
+                    f"model.path={str(folder)!r} lacks the tensor {block.hf_name}; is it the whole model?"
+                )
             with safe_open(files[block.hf_name], "pt") as file:
                 stored = file.get_slice(block.hf_name)
                 if tuple(stored.get_shape()) != shapes[block.hf_name]:
@@ -72,13 +75,37 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
             target[used:] = 0
 
 
+@torch.no_grad()
+def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
+    """Random weights for a new model, the same in every parallel layout.
+
+    Normal with the architecture's `init_std`, smaller by sqrt(2 layers) where a layer adds to the residual stream
+    (GPT-2); norms are 1 and biases 0.
+    """
+    live = _live_parameters(model)
+    shapes = hf_shapes(arch)
+    for parameter in shard_parameters(arch, current_shard()):
+        target = live[parameter.name].zero_()
+        for block in parameter.blocks:
+            name, shape = block.hf_name, shapes[block.hf_name]
+            if len(shape) == 1:
+                target[block.local_index] = float(name.endswith("norm.weight"))
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = arch.init_std / math.sqrt(2 * arch.layers) if residual else arch.init_std
+            key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+            full = torch.randn(shape, generator=generator) * std
+            target[block.local_index] = full[block.hf_index].to(target.device, target.dtype)
+
+
 def has_hf_weights(folder: str | Path) -> bool:
     """Whether `folder` holds safetensors (it may hold a `config.json` only, for a model to train from scratch)."""
     return any(Path(folder).glob("*.safetensors"))
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
@@ -87,8 +114,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-class MegatronWeightSource(ShardedWeightSource):
-    """The policy's weights under Hugging Face names, as vLLM's weight transfer reads them.
+@dataclass(frozen=True)
+class TensorMeta:
+    """A tensor of the Hugging Face checkpoint: name, dtype as sent, full shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class PolicyWeights:
+    """The policy's weights under Hugging Face names.
 
     `pieces` gives what this rank holds, without communication; iteration gives full tensors, by collectives that all
     ranks of one model replica run in lockstep.
@@ -102,14 +138,14 @@ class MegatronWeightSource(ShardedWeightSource):
         self.shapes = hf_shapes(arch)
         self.first_replica = parallel_state.get_data_parallel_rank() == 0
 
-    def metadata(self) -> list[ParamMeta]:
+    def metadata(self) -> list[TensorMeta]:
         """Name, dtype and full shape of every tensor, in the order of iteration."""
         names: dict[str, None] = {}
         for stage in range(self.shard.pp_size):
             for parameter in shard_parameters(self.arch, self._at(0, stage)):
                 if not parameter.copy:
                     names |= dict.fromkeys(block.hf_name for block in parameter.blocks)
-        return [ParamMeta(name, self.dtype, self.shapes[name]) for name in names]
+        return [TensorMeta(name, self.dtype, self.shapes[name]) for name in names]
 
     def pieces(self) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]:
         """(HF name, index into the full tensor, values) for all that this rank contributes.
@@ -137,7 +173,7 @@ class MegatronWeightSource(ShardedWeightSource):
                     continue
                 yield from self._assemble(stage, name, [part[name].blocks for part in parts])
 
-    def _assemble(self, stage: int, name: str, blocks_of: list) -> Iterator[tuple[str, torch.Tensor]]:
+    def _assemble(self, stage: int, name: str, blocks_of: list[list[Block]]) -> Iterator[tuple[str, torch.Tensor]]:
         shards = self._collect(stage, name)
         full: dict[str, torch.Tensor] = {}
         for shard, blocks in zip(shards, blocks_of, strict=True):
@@ -169,7 +205,7 @@ class MegatronWeightSource(ShardedWeightSource):
         return Shard(tp_rank, self.shard.tp_size, pp_rank, self.shard.pp_size)
 
 
-def export_hf(source: MegatronWeightSource, template: str | Path, folder: Path) -> None:
+def export_hf(source: PolicyWeights, template: str | Path, folder: Path) -> None:
     """Write a Hugging Face model: weights from `source`, everything else copied from `template`.
 
     Called on every rank; rank 0 writes. The folder appears at once, complete.

@@ -1,0 +1,52 @@
+"""Model folders between the Hugging Face format and Megatron's distributed checkpoint format."""
+
+from pathlib import Path
+
+from megatron_rl import device
+from megatron_rl.checkpoint import has_megatron_weights, write_model_folder
+from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
+from megatron_rl.trainer import Policy
+
+
+def hf_to_megatron(model: str, output: str) -> None:
+    """Write the Hugging Face model `model` as a folder that `model.path` accepts, with Megatron weights.
+
+    Raises:
+        ConfigError: when `model` has no Hugging Face weights or `output` exists.
+    """
+    if not has_hf_weights(model):
+        raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
+    policy = _load(model, output)
+    write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
+    device.shutdown()
+
+
+def megatron_to_hf(checkpoint: str, output: str) -> None:
+    """Write a run's checkpoint (`run_dir/checkpoints/step_...`) or converted folder as a Hugging Face model.
+
+    Raises:
+        ConfigError: when `checkpoint` has no Megatron weights or `output` exists.
+    """
+    if not has_megatron_weights(checkpoint):
+        raise ConfigError(
+            f"{checkpoint!r} has no megatron/metadata.json; give a checkpoint folder such as step_000020."
+        )
+    policy = _load(checkpoint, output)
+    export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output))
+    device.shutdown()
+
+
+def _load(model: str, output: str) -> Policy:
+    if Path(output).exists():
+        raise ConfigError(f"{output!r} exists already; choose another output or remove it.")
+    hf = read_hf_config(model)
+    stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
+    precision = "fp32" if stored == "float32" else "bf16"
+    config = Config.model_validate({"model": {"path": model, "precision": precision}, "run_dir": output})
+    check_layout(config, hf)
+    runtime = device.initialize(config)
+    arch = Architecture.from_folder(model)
+    return Policy(config, runtime, arch, arch.vocab_size, temperature=1.0)

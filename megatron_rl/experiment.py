@@ -1,0 +1,217 @@
+"""Everything a run is made of: built at the start, saved, resumed, reported and taken down."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl import device
+from megatron_rl.algorithms import mismatch_metrics
+from megatron_rl.batch import Batch
+from megatron_rl.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_rl.config import Config, ConfigError, save_config
+from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.console import Console
+from megatron_rl.coordination import Coordinator
+from megatron_rl.device import Runtime
+from megatron_rl.generation import Generator
+from megatron_rl.metrics import MetricsLogger
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.weights import export_hf
+from megatron_rl.report import write_report
+from megatron_rl.trainer import Policy, Progress, Trainer
+from megatron_rl.weight_sync import WeightSync
+from rollout.fleet import RolloutFleet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Metrics = dict[str, float]
+
+
+class Clock:
+    """Seconds per phase of the current step."""
+
+    def __init__(self) -> None:
+        self.seconds: Metrics = {}
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.seconds = {}
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block as `time/<name>`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+    def elapsed(self) -> float:
+        """Seconds since `start`."""
+        return time.perf_counter() - self._started
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: when `path` has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
+
+
+class Experiment:
+    """The parts of a run. On ranks other than the driver there is no fleet, generator or logger."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        """Build everything and resume from the newest checkpoint, if there is one.
+
+        Raises:
+            ConfigError: when the config does not fit the model, the machine, the data or an earlier run.
+        """
+        self.config, self.runtime = config, runtime
+        self.clock, self.console = Clock(), Console(runtime.is_driver)
+        check_layout(config, read_hf_config(config.model.path), runtime.world_size)
+        resumed = _step_to_resume(config)
+        if runtime.is_driver:
+            logging.basicConfig(level=logging.WARNING, format="%(message)s")
+            save_config(config, Path(config.run_dir) / "config.yaml")
+        tokenizer = load_tokenizer(config.model.path)
+        arch = Architecture.from_folder(config.model.path)
+        vocab_limit = min(len(tokenizer), arch.vocab_size)
+        environment = device.engine_environment(config, vocab_limit)
+        self.coordinator = Coordinator(runtime)
+        self.weight_sync: WeightSync
+        self.fleet: RolloutFleet | None = None
+        with ThreadPoolExecutor(1) as background:
+            if runtime.is_driver:  # engines start while the trainer is built
+                self.console.info(
+                    f"starting {config.rollout.engines} rollout engine(s) and {runtime.world_size} trainer(s)"
+                )
+                fleet = background.submit(
+                    RolloutFleet,
+                    config,
+                    environment,
+                    config.model.path,
+                    lambda engine: self.weight_sync.restore(engine),
+                )
+            temperature = config.rollout.temperature
+            self.trainer = Trainer(config, runtime, arch, vocab_limit, temperature)
+            self.reference = None
+            if config.algorithm.kl.coef > 0:
+                self.reference = Policy(config, runtime, arch, vocab_limit, temperature)
+            if resumed:
+                load_checkpoint(self.trainer, config.run_dir, resumed)
+                self.console.info(f"resuming after step {resumed} from {config.run_dir}")
+            self.first_step = resumed + 1
+            if runtime.is_driver:
+                self.fleet = fleet.result()
+                self.generator = Generator(config, tokenizer, self.fleet, self.console)
+                self._logger = MetricsLogger(config, start_step=self.first_step if resumed else 0)
+        self.weight_sync = WeightSync(
+            config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
+        )
+        self.weight_sync.sync(resumed)
+
+    def __enter__(self) -> "Experiment":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.weight_sync.shutdown()
+        if self.fleet is not None:
+            self.generator.close()
+            self._logger.close()
+            self.fleet.shutdown()
+
+    @contextlib.contextmanager
+    def progress(self, name: str) -> Iterator[Progress]:
+        """A console progress line for a pass over micro-batches."""
+        with contextlib.ExitStack() as stack:
+            phase: Any = None
+
+            def report(done: int, total: int) -> None:
+                nonlocal phase
+                if phase is None:
+                    phase = stack.enter_context(self.console.phase(name, total))
+                phase.advance()
+
+            yield report
+
+    def step_metrics(self, batch: Batch, update: Metrics, sync: Metrics) -> Metrics:
+        """All metrics of a step, on the driver; elsewhere an empty dict."""
+        if not self.runtime.is_driver:
+            return {}
+        correction = self.config.algorithm.correction
+        gap = mismatch_metrics(batch.values["old_logprobs"], batch.values["rollout_logprobs"], correction.cap)
+        seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
+        sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
+        metrics = {
+            "logprob_gap/mean": gap["mean_abs"],
+            "logprob_gap/max": gap["max_abs"],
+            "correction/ess": gap["ess"],
+            "correction/kl": gap["kl"],
+            "correction/clipped_share": gap["clipped_share"],
+            "correction/weight_mean": update.get("tis_weight", 1.0),
+            "loss/policy": update["policy_loss"],
+            "loss/entropy": update["entropy"],
+            "loss/clip_share": update["clip_share"],
+            "loss/update_kl": update["update_kl"],
+            "optim/grad_norm": update["grad_norm"],
+            "optim/lr": update["lr"],
+            "throughput/trained_tokens_per_s": sequences / seconds["time/update"],
+        }
+        if "kl" in update:
+            metrics["loss/kl"] = update["kl"]
+        return self.generator.metrics | metrics | sync | seconds
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write the step's metrics and show its row."""
+        if self.runtime.is_driver:
+            self._logger.log(step, metrics)
+            self.console.step(step, self.config.train.steps, metrics)
+
+    def save(self, step: int) -> None:
+        """Checkpoint after `step`, whose metrics are already logged."""
+        start = time.perf_counter()
+        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep)
+        if self.runtime.is_driver:
+            self._logger.log(step, {"time/checkpoint": time.perf_counter() - start})
+
+    def finish(self) -> None:
+        """Export the policy and write the report."""
+        run_dir = Path(self.config.run_dir)
+        if self.config.checkpoint.export_hf:
+            export_hf(self.trainer.weights, self.config.model.path, run_dir / "hf")
+            self.console.info(f"the trained model is in {run_dir / 'hf'}")
+        if self.runtime.is_driver and self.config.track.report:
+            self.console.info(f"the report is in {write_report(run_dir)}")
+
+
+def _step_to_resume(config: Config) -> int:
+    """Steps already done by an earlier run in `run_dir`.
+
+    Raises:
+        ConfigError: with `checkpoint.resume=never` when there is a checkpoint.
+    """
+    step = latest_step(config.run_dir)
+    if step is None:
+        return 0
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} holds a checkpoint of step {step} and checkpoint.resume=never; choose another "
+            "run_dir, remove it, or set checkpoint.resume=auto."
+        )
+    return step

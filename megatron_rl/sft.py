@@ -1,0 +1,103 @@
+"""Supervised fine-tuning on demonstrations, by the same trainer; it prepares base models for RL."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl import device
+from megatron_rl.batch import Batch
+from megatron_rl.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_rl.config import Config, ConfigError, save_config
+from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.console import Console
+from megatron_rl.data.order import PromptOrder
+from megatron_rl.data.prompts import Prompt, load_prompts
+from megatron_rl.experiment import load_tokenizer
+from megatron_rl.metrics import MetricsLogger
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.weights import export_hf
+from megatron_rl.scratch import make_scratch_model
+from megatron_rl.train import is_due
+from megatron_rl.trainer import Trainer
+
+PROGRESS_EVERY = 25
+
+
+def run(config: Config) -> None:
+    """Fine-tune `model.path` (or a new `model.scratch`) on `data.train` and export it to `run_dir/hf`.
+
+    Raises:
+        ConfigError: when the config does not fit the machine, the model or the data.
+    """
+    runtime = device.initialize(config)
+    folder = Path(config.model.path)
+    if runtime.is_driver and config.model.scratch is not None and not (folder / "config.json").exists():
+        make_scratch_model(folder, config.model.scratch)
+    torch.distributed.barrier()
+    check_layout(config, read_hf_config(config.model.path), runtime.world_size)
+    tokenizer = load_tokenizer(config.model.path)
+    arch = Architecture.from_folder(folder)
+    prompts = load_prompts(config.data.train, config.data, tokenizer, config.data.split, False, needs="response")
+    responses = _encode_responses(prompts, tokenizer)
+    longest = max(len(prompt.token_ids) + len(ids) for prompt, ids in zip(prompts, responses, strict=True))
+    if longest > min(arch.max_positions, config.train.tokens_per_microbatch):
+        raise ConfigError(
+            f"data.train={config.data.train!r} has a demonstration of {longest} tokens with its prompt; the model "
+            f"takes {arch.max_positions} and train.tokens_per_microbatch is {config.train.tokens_per_microbatch}."
+        )
+    trainer = Trainer(config, runtime, arch, min(len(tokenizer), arch.vocab_size), temperature=1.0)
+    resumed = latest_step(config.run_dir) or 0
+    if resumed:
+        load_checkpoint(trainer, config.run_dir, resumed)
+    _loop(trainer, prompts, responses, resumed)
+    export_hf(trainer.weights, config.model.path, Path(config.run_dir) / "hf")
+    device.shutdown()
+
+
+def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int) -> None:
+    config, driver = trainer.config, trainer.runtime.is_driver
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    console = Console(driver)
+    logger = None
+    if driver:
+        save_config(config, Path(config.run_dir) / "config.yaml")
+        logger = MetricsLogger(config, resumed + 1)
+    order = PromptOrder(len(prompts), config.train.prompts_per_step, config.data.seed)
+    steps, window = config.train.steps, (time.perf_counter(), 0)
+    with console.phase("imitating", steps - resumed) as phase:
+        for step in range(resumed + 1, steps + 1):
+            start = time.perf_counter()
+            chosen = [index for index, _ in order.indices(step - 1)]
+            batch = Batch([prompts[i].token_ids for i in chosen], [responses[i] for i in chosen])
+            metrics = trainer.imitate(batch)
+            seconds = time.perf_counter() - start
+            tokens = sum(batch.sequence_length(index) for index in range(len(chosen)))
+            if logger is not None:
+                logger.log(
+                    step,
+                    {
+                        "loss/imitation": metrics["loss"],
+                        "optim/grad_norm": metrics["grad_norm"],
+                        "optim/lr": metrics["lr"],
+                        "time/step": seconds,
+                        "throughput/trained_tokens_per_s": tokens / seconds,
+                    },
+                )
+                phase.advance(note=f"loss {metrics['loss']:.4f}, {tokens / seconds:,.0f} tokens/s")
+                if is_due(step, PROGRESS_EVERY, steps):
+                    rate = (step - window[1]) / (time.perf_counter() - window[0])
+                    window = (time.perf_counter(), step)
+                    console.info(f"step {step}/{steps}  loss {metrics['loss']:.4f}  {rate:.1f} steps/s")
+            if is_due(step, config.checkpoint.every, steps):
+                save_checkpoint(trainer, config.run_dir, step, config.checkpoint.keep)
+    if logger is not None:
+        logger.close()
+
+
+def _encode_responses(prompts: list[Prompt], tokenizer: Any) -> list[list[int]]:
+    texts = [prompt.response_text or "" for prompt in prompts]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [ids + [tokenizer.eos_token_id] for ids in encoded]

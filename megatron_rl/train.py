@@ -1,0 +1,74 @@
+"""The RL loop: generate, score, old log-probs, update, hand over the weights. Every trainer process runs it.
+
+Rank 0, the driver, also owns the fleet of engines, the data order, the rewards and the logs.
+"""
+
+import torch
+
+from megatron_rl import device
+from megatron_rl.algorithms import grpo_advantages
+from megatron_rl.batch import Batch, with_values
+from megatron_rl.config import Config
+from megatron_rl.experiment import Experiment
+
+Metrics = dict[str, float]
+
+
+def run(config: Config) -> None:
+    """Train the policy as `config` says, from the start or from the newest checkpoint of `config.run_dir`.
+
+    Raises:
+        ConfigError: when the config does not fit the machine, the model, the data or an earlier run.
+    """
+    runtime = device.initialize(config)
+    experiment = Experiment(config, runtime)
+    with experiment:
+        if experiment.first_step == 1:
+            experiment.log(0, evaluate(experiment, 0))
+        for step in range(experiment.first_step, config.train.steps + 1):
+            metrics = train_step(experiment, step)
+            if is_due(step, config.eval.every, config.train.steps):
+                metrics |= evaluate(experiment, step)
+            experiment.log(step, metrics)
+            if is_due(step, config.checkpoint.every, config.train.steps):
+                experiment.save(step)
+        experiment.finish()
+    device.shutdown()
+
+
+def train_step(experiment: Experiment, step: int) -> Metrics:
+    """One RL step. Returns its metrics on the driver, by the names of `docs/metrics.md`."""
+    config, trainer, clock = experiment.config, experiment.trainer, experiment.clock
+    clock.start()
+
+    scored = experiment.coordinator.drive(lambda: experiment.generator.training_rollouts(step))
+    batch = Batch.from_rollouts(scored.rollouts)
+
+    with clock.phase("old_logprobs"), experiment.progress("old log-probs") as progress:
+        batch = with_values(batch, old_logprobs=trainer.logprobs(batch, progress))
+    if experiment.reference is not None:
+        with clock.phase("ref_logprobs"), experiment.progress("ref log-probs") as progress:
+            batch = with_values(batch, ref_logprobs=experiment.reference.logprobs(batch, progress))
+
+    rewards = torch.tensor(scored.rewards)
+    groups = torch.arange(len(rewards)) // config.algorithm.group_size
+    advantages = grpo_advantages(rewards, groups, config.algorithm.normalize_std)
+    batch = with_values(batch, advantages=advantages.repeat_interleave(batch.lengths))
+    with clock.phase("update"), experiment.progress("training") as progress:
+        update = trainer.update(batch, progress)
+
+    with clock.phase("weight_sync"):
+        sync = experiment.weight_sync.sync(step)
+
+    return experiment.step_metrics(batch, update, sync)
+
+
+def evaluate(experiment: Experiment, step: int) -> Metrics:
+    """Accuracy on the held-out sets, measured by the fleet; the metrics on the driver."""
+    experiment.coordinator.drive(lambda: experiment.generator.evaluate(step))
+    return experiment.generator.metrics if experiment.runtime.is_driver else {}
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and after the last one happens now."""
+    return step == last or (every > 0 and step % every == 0)
