@@ -27,6 +27,7 @@ PHASES = (  # metric, name, colour; in the order of a step
     ("time/eval", "evaluation", "#8e6bbf"),
     ("time/checkpoint", "checkpoint", "#6b4f3a"),
 )
+OUTSIDE_THE_STEP = ("evaluation", "checkpoint")  # `time/step` does not include them
 OTHER = ("other", "#c3c7cd")
 STYLE: Any = {
     "font.size": 10,
@@ -136,13 +137,14 @@ def accuracy_names(records: Records) -> list[str]:
 
 
 def phase_seconds(records: Records) -> dict[str, list[float]]:
-    """Seconds of every phase that the run has, per step; `other` is what `time/step` has beyond the phases."""
+    """Seconds of every phase that the run has, per step; `other` is what `time/step` has beyond its phases."""
     phases = {}
     for metric, name, _ in PHASES:
         seconds = [_finite(record.get(metric)) for record in records]
         if any(seconds):
             phases[name] = seconds
-    named = [sum(values) for values in zip(*phases.values(), strict=True)] or [0.0] * len(records)
+    inside = [seconds for name, seconds in phases.items() if name not in OUTSIDE_THE_STEP]
+    named = [sum(values) for values in zip(*inside, strict=True)] or [0.0] * len(records)
     other = [max(_finite(record.get("time/step")) - known, 0.0) for record, known in zip(records, named, strict=True)]
     if any(other):
         phases[OTHER[0]] = other
