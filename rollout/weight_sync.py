@@ -85,8 +85,8 @@ def connect(
     """Connect this trainer rank to the engines; called on every rank, and again whenever engines were replaced.
 
     `backend` is shm, ipc or nccl; rank 0 alone uses its `client`; `barrier` waits for all trainer ranks; `segment`
-    names the shared memory (shm), see `segment_name`; `workers` is the number of engine processes behind the client (nccl).
-    Raises ValueError for another backend.
+    names the shared memory (shm), see `segment_name`; `workers` is the number of engine processes behind the client
+    (nccl). Raises ValueError for another backend.
     """
     register_shm_transfer()
     info = _init_info(backend, rank, barrier, segment, workers)

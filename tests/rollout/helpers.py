@@ -1,0 +1,63 @@
+"""Configurations and requests for the tests of engines and fleets."""
+
+from pathlib import Path
+
+from megatron_rl.config import Config
+from rollout.engine import EngineEnvironment
+from rollout.fleet import RolloutFleet
+from rollout.records import RolloutRequest
+from tests.rollout.tiny_models import char_tokenizer
+
+VOCAB_LIMIT = len(char_tokenizer())
+
+
+def make_config(folder: Path, model: Path, **rollout: object) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": str(model), "precision": "fp32"},
+            "data": {"max_prompt_tokens": 64},
+            "rollout": {"max_tokens": 64, "max_restarts": 2, **rollout},
+            "run_dir": str(folder / "run"),
+        }
+    )
+
+
+def make_environment(dtype: str = "float32", vocab_limit: int = VOCAB_LIMIT, **env: str) -> EngineEnvironment:
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "MEGATRON_RL_DISABLE_AMX": "1",
+    }
+    return EngineEnvironment(
+        env=variables | env,
+        gpus=0,
+        dtype=dtype,
+        weight_sync="shm",
+        vocab_limit=vocab_limit,
+        vllm={"enforce_eager": True, "max_num_seqs": 32},
+    )
+
+
+def make_requests(
+    prompts: int, samples: int = 1, max_tokens: int = 24, temperature: float = 1.0, seed: int = 0
+) -> list[RolloutRequest]:
+    """Prompts of 8 and more tokens; the seed of a request depends on its key and `seed` alone."""
+    return [
+        RolloutRequest(
+            prompt_id=f"p{prompt}",
+            sample_index=sample,
+            epoch=0,
+            seed=(seed * 1000 + prompt) * 1000 + sample,
+            prompt_ids=[4 + (3 * prompt + i) % 60 for i in range(8 + prompt % 5)],
+            max_tokens=max_tokens,
+            temperature=temperature,
+        )
+        for prompt in range(prompts)
+        for sample in range(samples)
+    ]
+
+
+def tokens_by_key(fleet: RolloutFleet, requests: list[RolloutRequest]) -> dict[tuple[str, int], list[int]]:
+    return {(r.prompt_id, r.sample_index): r.token_ids for r in fleet.generate(requests)}

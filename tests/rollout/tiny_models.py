@@ -1,0 +1,56 @@
+"""Tiny random models on disk, with a character tokenizer."""
+
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+CHARACTERS = string.digits + string.ascii_letters + " +-*/=().,;:!?<>#@$%&[]{}|~^_'\"\n"
+SPECIAL = ["<pad>", "<eos>", "<bos>"]
+
+
+def char_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+
+
+def make_model(folder: Path, seed: int = 0, spread: float = 0.2, **overrides: object) -> Path:
+    """Write a random Qwen3 (or `model_type="qwen2"`) model to `folder`.
+
+    `spread` is the standard deviation of the weights (larger: less uniform logits); `overrides` are options of the
+    model's configuration, and `dtype`.
+    """
+    tokenizer = char_tokenizer()
+    options: dict = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 128,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": spread,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    dtype = options.pop("dtype", torch.float32)
+    config = Qwen2Config if options.pop("model_type", "qwen3") == "qwen2" else Qwen3Config
+    model = AutoModelForCausalLM.from_config(config(**options)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, spread)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
