@@ -84,6 +84,12 @@ def test_config_prints_the_resolved_experiment(monkeypatch: pytest.MonkeyPatch, 
     assert shown["train"]["adam_beta1"] == 0.9  # a default
 
 
+def test_config_explains_a_key_and_suggests_another_for_a_mistyped_one() -> None:
+    result = megatron_rl("config", "--explain", "rollout.temperature")
+    assert "rollout.temperature: float" in result.stdout and "Sampling temperature" in result.stdout
+    assert_one_line_error(megatron_rl("config", "--explain", "rollout.temprature"), "rollout.temperature")
+
+
 def test_config_wants_one_of_its_two_uses() -> None:
     assert_one_line_error(megatron_rl("config"), "--explain", "-c FILE")
 
