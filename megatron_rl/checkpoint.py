@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_rl import megatron_patch
 from megatron_rl.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from megatron_rl.trainer import Trainer
 
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
-# Optimizer state in the shape of the parameters: the only form that loads into another TP, PP or DP layout.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+# The form of the optimizer state that loads into any other TP, PP or DP layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
@@ -63,9 +64,12 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
         ConfigError: when the checkpoint cannot be read.
     """
     folder = checkpoint_folder(run_dir, step)
+    megatron_patch.install()
+    _allocate_adam_state(trainer)
     contents = _load(_sharded_state(trainer, loading=True), folder)
     trainer.model.load_state_dict(contents["model"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
+    _unshare_steps(trainer)
     trainer.updates = contents["state"]["updates"]
 
 
@@ -112,6 +116,26 @@ def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     model = trainer.model.sharded_state_dict()
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer}
+
+
+def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:
+    inner = [optimizer.optimizer for optimizer in trainer.optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _allocate_adam_state(trainer: "Trainer") -> None:
+    """torch's Adam has no state before its first step, and megatron-core can only load into state that is there."""
+    for adam in _torch_adams(trainer):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _unshare_steps(trainer: "Trainer") -> None:
+    """megatron-core gives all parameters one `step` tensor, which Adam would then count up once per parameter."""
+    for adam in _torch_adams(trainer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
 
 
 def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""A run that resumes continues exactly; the parallel layout may change in between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.checkpoint import checkpoint_folder, latest_step
+from tests.launching import run_workers
+from tests.training.models import make_models
+
+WORKER = "tests.training.checkpoint_worker"
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A TP=2 run of 4 steps that saved after 2 of them."""
+    root = tmp_path_factory.mktemp("runs")
+    model = make_models(root)["qwen3"]
+    run_workers(WORKER, 2, model, 2, 1, root / "run", 4, 2, root / "whole")
+    return root, model
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_resumed_run_ends_with_the_same_bits(interrupted):
+    root, model = interrupted
+    run_workers(WORKER, 2, model, 2, 1, root / "run", 4, 0, root / "resumed")
+    whole, resumed, start = weights(root / "whole"), weights(root / "resumed"), weights(model)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+        assert not torch.equal(value, start[name]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize(("tp", "pp", "processes"), [(1, 2, 2), (1, 1, 2)], ids=["pp2", "dp2"])
+def test_layout_may_change_between_save_and_resume(interrupted, tp: int, pp: int, processes: int):
+    root, model = interrupted
+    output = root / f"tp{tp}-pp{pp}-{processes}"
+    run_workers(WORKER, processes, model, tp, pp, root / "run", 4, 0, output)
+    whole, resumed = weights(root / "whole"), weights(output)
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_export_loads_in_transformers(interrupted):
+    root, _ = interrupted
+    model = AutoModelForCausalLM.from_pretrained(root / "whole", dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+def test_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path):
+    checkpoint_folder(tmp_path, 3).mkdir(parents=True)
+    checkpoint_folder(tmp_path, 7).with_suffix(".tmp").mkdir(parents=True)
+    assert latest_step(tmp_path) == 3
+
+
+def test_bf16_keeps_its_float32_master_weights_across_a_resume(interrupted, tmp_path: Path):
+    _, model = interrupted
+    run_workers(WORKER, 1, model, 1, 1, tmp_path / "run", 4, 2, tmp_path / "whole", "bf16")
+    run_workers(WORKER, 1, model, 1, 1, tmp_path / "run", 4, 0, tmp_path / "resumed", "bf16")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    for name, value in whole.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, resumed[name]), name
