@@ -51,7 +51,8 @@ def read_hf_config(path: str) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         raise ConfigError(
-            f"model.path={path!r} is not a folder; give a folder with a Hugging Face model, or make one with `megatron-rl sft`."
+            f"model.path={path!r} is not a folder; give a folder with a Hugging Face model, or make one with "
+            "`megatron-rl sft`."
         )
     try:
         content: dict[str, Any] = json.loads(file.read_text())
@@ -83,13 +84,20 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
                 f"parallel.tp_size={tp} does not divide the model's {name}={count}; choose a divisor of {count}."
             )
     if hf["intermediate_size"] % tp:
-        raise ConfigError(f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}.")
+        raise ConfigError(
+            f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}; "
+            "choose a divisor."
+        )
     if layers % pp:
         raise ConfigError(
-            f"parallel.pp_size={pp} does not divide the model's num_hidden_layers={layers}; choose a divisor of {layers}."
+            f"parallel.pp_size={pp} does not divide the model's num_hidden_layers={layers}; "
+            f"choose a divisor of {layers}."
         )
     if heads % config.rollout.tp_size:
-        raise ConfigError(f"rollout.tp_size={config.rollout.tp_size} does not divide the model's num_attention_heads={heads}.")
+        raise ConfigError(
+            f"rollout.tp_size={config.rollout.tp_size} does not divide the model's num_attention_heads={heads}; "
+            f"choose a divisor of {heads}."
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if longest > hf.get("max_position_embeddings", longest):
         raise ConfigError(
@@ -116,8 +124,8 @@ def check_world_size(config: "Config", world_size: int) -> None:
     dp = world_size // model_size
     if parallel.dp_size is not None and parallel.dp_size != dp:
         raise ConfigError(
-            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} give {dp}; "
-            f"start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
+            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} "
+            f"give {dp}; start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
         )
     per_minibatch = config.train.prompts_per_step // config.train.minibatches
     if per_minibatch * config.algorithm.group_size < dp:

@@ -1,6 +1,7 @@
 """From YAML files with `base:` inheritance and `a.b=c` overrides to one validated `Config`."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: {str(error).splitlines()[0].rstrip('.')}.") from None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -52,6 +53,8 @@ def _read(file: Path, chain: list[Path]) -> DictConfig:
     except FileNotFoundError:
         origin = f" (the base of {chain[-1]})" if chain else ""
         raise ConfigError(f"{file}{origin} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}).") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, DictConfig):
@@ -64,7 +67,7 @@ def _read(file: Path, chain: list[Path]) -> DictConfig:
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for text in overrides:
-        if "=" not in text:
+        if not re.match(r"[^=.\s]+(\.[^=.\s]+)*=", text):
             raise ConfigError(f"override {text!r} must have the form key.path=value.")
     try:
         return OmegaConf.from_dotlist(list(overrides))
@@ -78,9 +81,11 @@ def describe(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(path)}."
+        return f"unknown key {key}{suggestion(path)}."
     if first["type"] == "missing":
         return f"the key {key} is required."
+    if first["type"] == "model_type":
+        return f"{key}={first['input']!r} is not valid: {key} is a section with keys of its own."
     if isinstance(first.get("ctx", {}).get("error"), ConfigError):
         return str(first["ctx"]["error"])
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
@@ -107,14 +112,20 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _suggestion(path: list[str]) -> str:
+def suggestion(path: list[str]) -> str:
+    """What to say after the name of a key that does not exist: the nearest key, or the keys there are."""
     keys = all_keys()
     parent = ".".join(path[:-1])
     siblings = [key for key in keys if key.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(".".join(path), siblings, 1, 0.6)
+    last = {key.rpartition(".")[2]: key for key in siblings}
+    near = [last[name] for name in difflib.get_close_matches(path[-1], last, 1, 0.6)]
     near = near or [key for key in keys if key.rpartition(".")[2] == path[-1]][:1]
-    near = near or difflib.get_close_matches(".".join(path), keys, 1, 0.7)
+    near = near or ([] if siblings else difflib.get_close_matches(".".join(path), keys, 1, 0.7))
     if near:
-        return f"; did you mean {near[0]}?"
-    names = ", ".join(key.rpartition(".")[2] for key in siblings)
-    return f"; {parent or 'the top level'} has {names}" if siblings else f"; {parent} has no keys"
+        return f" (did you mean {near[0]}?)"
+    while not siblings and "." in parent:
+        parent = parent.rpartition(".")[0]
+        siblings = [key for key in keys if key.rpartition(".")[0] == parent]
+    if not siblings:
+        parent, siblings = "", list(Config.model_fields)
+    return f"; {parent or 'the top level'} has {', '.join(key.rpartition('.')[2] for key in siblings)}"

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from megatron_rl.config import ConfigError
+from megatron_rl.config.layout import check_layout, check_world_size, read_hf_config
+from megatron_rl.config.schema import Config
+
+HF = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "intermediate_size": 512,
+    "max_position_embeddings": 4096,
+}
+
+
+def _config(**sections):
+    train = {"tokens_per_microbatch": 4096} | sections.pop("train", {})
+    rest = {"model": {"path": "m"}, "run_dir": "r", "train": train}
+    return Config.model_validate(rest | sections)
+
+
+def _refused(*parts, **sections):
+    with pytest.raises(ValueError) as caught:
+        _config(**sections)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_sections_must_fit_each_other():
+    _refused("train.prompts_per_step=32", "train.minibatches=5", train={"minibatches": 5})
+    _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
+    _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
+    _refused("reward.length_penalty.start=1024", reward={"length_penalty": {"start": 1024}})
+    _refused("min_digits", "max_digits", data={"arithmetic": {"min_digits": 9, "max_digits": 2}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "hf", "parts"),
+    [
+        ({"parallel": {"tp_size": 4}}, {}, ["parallel.tp_size=4", "num_attention_heads=6"]),
+        ({"parallel": {"tp_size": 3}}, {}, ["parallel.tp_size=3", "num_key_value_heads=2"]),
+        ({"parallel": {"tp_size": 2}}, {"intermediate_size": 511}, ["parallel.tp_size=2", "intermediate_size=511"]),
+        ({"parallel": {"pp_size": 4}}, {}, ["parallel.pp_size=4", "num_hidden_layers=6"]),
+        ({"rollout": {"tp_size": 4}}, {}, ["rollout.tp_size=4", "num_attention_heads=6"]),
+        ({}, {"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({}, {"max_position_embeddings": 2047}, ["= 2048", "max_position_embeddings=2047"]),
+    ],
+)
+def test_a_model_that_does_not_fit_the_layout_is_refused(sections, hf, parts):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(_config(**sections), HF | hf)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_model_that_fits_is_accepted():
+    check_layout(_config(parallel={"tp_size": 2, "pp_size": 3}), HF, world_size=12)
+    without_kv = {key: value for key, value in HF.items() if key != "num_key_value_heads"}
+    check_layout(_config(parallel={"tp_size": 3}), without_kv | {"intermediate_size": 513})
+
+
+def test_the_number_of_processes_must_fit():
+    two_by_two = {"tp_size": 2, "pp_size": 2}
+    with pytest.raises(ConfigError, match="6 trainer processes.*multiple of 4"):
+        check_world_size(_config(parallel=two_by_two), 6)
+    with pytest.raises(ConfigError, match="parallel.dp_size=3.*start 12 processes"):
+        check_world_size(_config(parallel=two_by_two | {"dp_size": 3}), 8)
+    check_world_size(_config(parallel=two_by_two | {"dp_size": 2}), 8)
+
+
+def test_a_mini_batch_must_reach_every_data_parallel_rank():
+    small = {"prompts_per_step": 4, "minibatches": 4}
+    with pytest.raises(ConfigError, match="1 prompts x 8 samples cannot be split over 16"):
+        check_world_size(_config(train=small), 16)
+    check_world_size(_config(train=small), 8)
+
+
+def test_a_model_folder_without_a_readable_config_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder"):
+        read_hf_config(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    assert read_hf_config(str(tmp_path)) == HF
