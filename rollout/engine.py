@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_rl.config import Config, ConfigError
 from rollout.checksum import combine
 from rollout.records import Rollout, RolloutRequest
@@ -76,18 +78,28 @@ class RolloutEngine:
     """Generates one response per request. All methods run in the actor's one thread, in the order of the calls."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        from vllm import EngineArgs, LLMEngine
-
-        if isinstance(arguments["weight_transfer_config"], dict):
-            from vllm.config import WeightTransferConfig
-
-            transfer = WeightTransferConfig(**arguments["weight_transfer_config"])
-            arguments = {**arguments, "weight_transfer_config": transfer}
-        self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._stop_ids = self._eos_token_ids()
+        """`arguments`: see `engine_arguments`. Does nothing yet, because an actor's errors are clearer in a method."""
+        self._arguments = arguments
         self._running: dict[str, RolloutRequest] = {}
         self._submitted = 0
         self._policy_version = 0
+
+    def start(self) -> int:
+        """Load the model; returns how many requests can run at the same time.
+
+        Raises ConfigError for options that vLLM refuses, and whatever else vLLM raises.
+        """
+        from vllm import EngineArgs, LLMEngine
+
+        try:
+            engine_config = EngineArgs(**self._arguments).create_engine_config()
+        except ValidationError as error:
+            reasons = "; ".join(part["msg"] for part in error.errors())
+            raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
+        self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
+        self._stop_ids = self._eos_token_ids()
+        max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
+        return max_requests
 
     def _eos_token_ids(self) -> list[int]:
         # vLLM adds those of generation_config.json itself.
@@ -95,23 +107,20 @@ class RolloutEngine:
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     def pid(self) -> int:
-        """The process id; it returns when the engine is up."""
+        """The process id."""
         return os.getpid()
-
-    def max_requests(self) -> int:
-        """Requests that can run at the same time."""
-        count: int = self._llm.vllm_config.scheduler_config.max_num_seqs
-        return count
 
     def set_policy_version(self, version: int) -> None:
         """The number that rollouts submitted from now on carry."""
         self._policy_version = version
 
     def submit(self, requests: list[RolloutRequest]) -> None:
-        """Queue requests. Raises ValueError for one that exceeds the model's length or vocabulary."""
+        """Queue requests; none of them, with a ValueError, when one does not fit the engine's length or vocabulary."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        for request in requests:
+            self._check(request)
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
@@ -126,6 +135,17 @@ class RolloutEngine:
             name = str(self._submitted)
             self._llm.add_request(name, {"prompt_token_ids": request.prompt_ids}, parameters)
             self._running[name] = request
+
+    def _check(self, request: RolloutRequest) -> None:
+        model = self._llm.model_config
+        name = f"request {request.sample_index} of prompt {request.prompt_id!r}"
+        if not request.prompt_ids or len(request.prompt_ids) + request.max_tokens > model.max_model_len:
+            raise ValueError(
+                f"{name} has {len(request.prompt_ids)} prompt tokens and may generate {request.max_tokens}, but the "
+                f"engine takes 1 to {model.max_model_len} in all (rollout.vllm.max_model_len)."
+            )
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < model.get_vocab_size():
+            raise ValueError(f"{name} has token ids outside the model's vocabulary of {model.get_vocab_size()}.")
 
     def poll(self, seconds: float) -> list[Rollout]:
         """Generate for that long, or until nothing is left to do; returns what finished meanwhile."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ConfigError
 from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
@@ -61,7 +61,7 @@ class RolloutFleet:
     ) -> None:
         """Start Ray if there is none, and the engines; returns when all are up.
 
-        Raises ConfigError for a wrong `rollout.vllm` option, RuntimeError when an engine does not start.
+        Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
         self._arguments = engine_arguments(config, environment, model_path)
         self._environment = environment
@@ -73,7 +73,11 @@ class RolloutFleet:
         if self._owns_ray:
             _start_ray()
         actors = [self._create_actor() for _ in range(config.rollout.engines)]
-        self._engines = [EngineState(i, actor, self._wait_until_up(i, actor)) for i, actor in enumerate(actors)]
+        starts = [actor.start.remote() for actor in actors]
+        self._engines = [
+            EngineState(i, actor, self._wait_until_up(i, start))
+            for i, (actor, start) in enumerate(zip(actors, starts, strict=True))
+        ]
 
     def _create_actor(self) -> Any:
         options: dict[str, Any] = {
@@ -84,11 +88,13 @@ class RolloutFleet:
         }
         return ray.remote(RolloutEngine).options(**options).remote(self._arguments)
 
-    def _wait_until_up(self, index: int, actor: Any) -> int:
+    def _wait_until_up(self, index: int, start: Any) -> int:
         try:
-            count: int = ray.get(actor.max_requests.remote())
-            return count
-        except RayActorError as error:
+            max_requests: int = ray.get(start)
+            return max_requests
+        except ConfigError as error:
+            raise ConfigError(str(error.cause)) from None  # type: ignore[attr-defined]  # Ray adds a traceback to it
+        except RayError as error:
             raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
 
     def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
@@ -163,7 +169,7 @@ class RolloutFleet:
             )
         logger.warning("Rollout engine %d died; restarting it (%d/%d).", index, engine.restarts, self._max_restarts)
         engine.actor = self._create_actor()
-        self._wait_until_up(index, engine.actor)
+        self._wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
         self._on_restart(index)
 

@@ -96,5 +96,6 @@ def raw_engine(fleet: RolloutFleet) -> Iterator[RawEngine]:
     arguments = fleet._arguments
     variables = {"runtime_env": {"env_vars": _engine_variables(make_environment())}}
     actor = ray.remote(OpenEngine).options(num_cpus=0, **variables).remote(arguments)
+    ray.get(actor.start.remote())
     yield RawEngine(actor)
     ray.kill(actor)

@@ -117,14 +117,26 @@ def test_too_many_deaths_end_the_run(model: Path, tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_start_is_one_clear_error(fleet: RolloutFleet, model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, vllm={"max_model_len": 100_000})
-    with pytest.raises(RuntimeError, match="engine 0 did not start.*max_position_embeddings"):
+    with pytest.raises(
+        ConfigError, match=r"^vLLM refuses the engine's options \(rollout\.vllm\): .*max_position_embeddings"
+    ):
         RolloutFleet(config, make_environment(), str(model), on_restart=lambda index: None)
 
 
-def test_a_prompt_that_is_too_long_is_an_error_and_the_fleet_goes_on(fleet: RolloutFleet) -> None:
-    request = replace(make_requests(1)[0], prompt_ids=list(range(3, 90)) * 3)
-    with pytest.raises(ValueError, match="longer than the maximum model length"):
-        list(fleet.generate([request]))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": [5] * 100, "max_tokens": 29}, "100 prompt tokens and may generate 29, but .* 1 to 128"),
+        ({"prompt_ids": []}, "0 prompt tokens"),
+        ({"prompt_ids": [5, 128]}, "outside the model's vocabulary of 128"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_an_error_and_the_fleet_goes_on(
+    fleet: RolloutFleet, change: dict, message: str
+) -> None:
+    requests = make_requests(3)
+    with pytest.raises(ValueError, match=message):
+        list(fleet.generate([requests[0], replace(requests[1], **change)]))
     assert len(list(fleet.generate(make_requests(3)))) == 3
 
 
