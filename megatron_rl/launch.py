@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,8 +180,16 @@ def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> in
         run(config)
 
     die_with_launcher()
+    _silence_known_warnings()
     checked_run()
     return 0
+
+
+def _silence_known_warnings() -> None:
+    """megatron-core says at import that Transformer Engine and Apex are missing, which `doctor` says better."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=".*is not a leaf Tensor", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _report(failure: "ChildFailedError") -> int:

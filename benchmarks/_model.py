@@ -1,0 +1,75 @@
+"""A model with random weights for benchmarks, its trainer in this process, and a fleet of one engine."""
+
+import os
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl import device
+from megatron_rl.config import Config
+from megatron_rl.coordination import Coordinator
+from megatron_rl.device import Runtime
+from megatron_rl.experiment import load_tokenizer
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.scratch import make_scratch_model
+from megatron_rl.trainer import Trainer
+from megatron_rl.weight_sync import WeightSync
+from rollout.fleet import RolloutFleet
+from rollout.records import RolloutRequest
+
+
+@dataclass
+class Bench:
+    """What a benchmark works with."""
+
+    config: Config
+    runtime: Runtime
+    trainer: Trainer
+    fleet: RolloutFleet
+    weight_sync: WeightSync
+
+    def close(self) -> None:
+        """Take everything down."""
+        self.weight_sync.shutdown()
+        self.fleet.shutdown()
+        device.shutdown()
+
+
+def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
+    """Trainer, engine and weight sync for a `model.scratch`; `sections` are further sections of the config."""
+    folder = Path(tempfile.mkdtemp(prefix="megatron-rl-bench-"))
+    config = Config.model_validate(
+        {
+            "model": {"path": str(folder / "model"), "precision": "fp32", "scratch": scratch},
+            "run_dir": str(folder / "run"),
+            **sections,
+        }
+    )
+    for name, value in device.process_environment(config, 1).items():
+        os.environ.setdefault(name, value)
+    make_scratch_model(config.model.path, config.model.scratch)
+    runtime = device.initialize(config)
+    arch = Architecture.from_folder(config.model.path)
+    vocab_limit = min(len(load_tokenizer(config.model.path)), arch.vocab_size)
+    trainer = Trainer(config, runtime, arch, vocab_limit, config.rollout.temperature)
+    environment = device.engine_environment(config, vocab_limit)
+    fleet = RolloutFleet(config, environment, config.model.path, lambda engine: None)
+    sync = WeightSync(config, runtime, trainer.weights, environment.weight_sync, fleet, Coordinator(runtime))
+    return Bench(config, runtime, trainer, fleet, sync)
+
+
+def long_tailed_lengths(count: int, longest: int) -> list[int]:
+    """Response lengths of reasoning: log-normal with a few very long ones, the same at every call."""
+    generator = random.Random(0)
+    return [min(max(int(generator.lognormvariate(0, 0.8) * longest / 8), 2), longest) for _ in range(count)]
+
+
+def requests(prompts: list[list[int]], max_tokens: int, samples: int) -> list[RolloutRequest]:
+    """`samples` requests per prompt, with seeds of their own."""
+    return [
+        RolloutRequest(str(number), sample, 0, number * samples + sample, prompt, max_tokens, 1.0)
+        for number, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
