@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+MIN_NUMBERS = 100
+"""With fewer numbers to choose from, training and held-out problems would be too few to tell apart."""
+
 
 def check_sections(config: "Config") -> None:
     """Checks across keys of one config.
@@ -38,8 +41,13 @@ def check_sections(config: "Config") -> None:
             f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
         )
     arithmetic = data.arithmetic
-    if arithmetic.min_digits > arithmetic.max_digits:
-        raise ConfigError("data.arithmetic.min_digits must not be larger than data.arithmetic.max_digits.")
+    if arithmetic.min_doublings > arithmetic.max_doublings:
+        raise ConfigError("data.arithmetic.min_doublings must not be larger than data.arithmetic.max_doublings.")
+    if 10**arithmetic.digits >> arithmetic.max_doublings < MIN_NUMBERS:
+        raise ConfigError(
+            f"data.arithmetic.digits={arithmetic.digits} leaves fewer than {MIN_NUMBERS} numbers to double "
+            f"data.arithmetic.max_doublings={arithmetic.max_doublings} times; raise the first or lower the second."
+        )
 
 
 def read_hf_config(path: str) -> dict[str, Any]:

@@ -72,13 +72,15 @@ class Parallel(Section):
 
 
 class Arithmetic(Section):
-    """The built-in generator of arithmetic reasoning problems."""
+    """The built-in generator of arithmetic problems: products with powers of two, solved by repeated doubling."""
 
-    min_digits: PositiveInt = 2
-    """Fewest digits of a number in a problem."""
-    max_digits: PositiveInt = 4
-    """Most digits of a number in a problem."""
-    direct_share: float = Field(0.0, ge=0, le=1)
+    digits: int = Field(5, ge=1, le=12)
+    """Digits that every number is written with."""
+    min_doublings: int = Field(2, ge=1, le=6)
+    """Fewest doublings, which are the steps of a solution: 2 for `*04`."""
+    max_doublings: int = Field(6, ge=1, le=6)
+    """Most doublings: 6 for `*64`."""
+    direct_share: float = Field(0.65, ge=0, le=1)
     """Share of demonstrations (for `sft`) that answer at once, without writing out the steps."""
     train_size: PositiveInt = 20_000
     """Number of training problems."""

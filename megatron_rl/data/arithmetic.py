@@ -1,9 +1,11 @@
-"""The built-in data set: sums whose worked solution goes column by column, carries written out.
+"""The built-in data set: products with a power of two, solved by repeated doubling.
 
-    347+285?   7+5+0=12,4+8+1=13,3+2+1=06=632
+    00437*08?   00874*04,01748*02,03496*01,=03496
 
-Every step adds two digits and the carry, from the units up; the answer follows the last `=`. A demonstration may also
-answer at once (`=632`), which a small model gets wrong more often: what reinforcement learning has to find out.
+Every step doubles the number, digit by digit with carries, and halves what is left to multiply by; the answer follows
+`=`. All numbers are written with the same number of digits. A demonstration may also answer at once (`=03496`). A small
+model learns the steps quickly, for each follows from the one before, and gets direct answers wrong most of the time:
+that writing the steps pays is what reinforcement learning has to find out.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ from megatron_rl.config.schema import Arithmetic
 
 @dataclass(frozen=True)
 class Problem:
-    """One sum, as texts."""
+    """One product, as texts."""
 
     prompt: str
     answer: str
@@ -31,30 +33,32 @@ def arithmetic_problems(arithmetic: Arithmetic, seed: int, heldout: bool) -> lis
 def arithmetic_problem(arithmetic: Arithmetic, seed: int, index: int, heldout: bool) -> Problem:
     """Problem number `index`: a function of its arguments alone.
 
-    Whether a sum is held out is a property of its numbers, not of the draw: no held-out sum is ever a training
-    problem, whatever the seeds and sizes, in either order of the numbers.
+    Whether a product is held out is a property of its numbers, not of the draw: no held-out product is ever a training
+    problem, whatever the seeds and sizes.
     """
     draw = random.Random(f"{seed}/{'heldout' if heldout else 'train'}/{index}")
     while True:
-        digits = draw.randint(arithmetic.min_digits, arithmetic.max_digits)
-        first, second = (draw.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        if is_heldout(first, second) == heldout:
+        doublings = draw.randint(arithmetic.min_doublings, arithmetic.max_doublings)
+        number = draw.randint(1, largest_number(arithmetic.digits, doublings))
+        if is_heldout(number, doublings) == heldout:
             break
-    steps = "" if draw.random() < arithmetic.direct_share else worked_steps(first, second)
-    return Problem(f"{first}+{second}?", str(first + second), f"{steps}={first + second}")
+    digits, factor = arithmetic.digits, 2**doublings
+    steps = "" if draw.random() < arithmetic.direct_share else worked_steps(number, doublings, digits)
+    product = number * factor
+    return Problem(f"{number:0{digits}d}*{factor:02d}?", str(product), f"{steps}={product:0{digits}d}")
 
 
-def is_heldout(first: int, second: int) -> bool:
-    """Whether the sum of these two belongs to the held-out eighth of all sums."""
-    key = f"{min(first, second)}+{max(first, second)}"
-    return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 8 == 0
+def largest_number(digits: int, doublings: int) -> int:
+    """The largest number that still has at most `digits` digits after so many doublings."""
+    return int((10**digits - 1) >> doublings)
 
 
-def worked_steps(first: int, second: int) -> str:
-    """The columns from the units up: `digit+digit+carry=sum`, the sum with two digits, separated by commas."""
-    steps, carry = [], 0
-    for a, b in zip(reversed(str(first)), reversed(str(second)), strict=True):
-        total = int(a) + int(b) + carry
-        steps.append(f"{a}+{b}+{carry}={total:02d}")
-        carry = total // 10
-    return ",".join(steps)
+def is_heldout(number: int, doublings: int) -> bool:
+    """Whether this product belongs to the held-out eighth of all products."""
+    return hashlib.blake2b(f"{number}*2^{doublings}".encode(), digest_size=1).digest()[0] % 8 == 0
+
+
+def worked_steps(number: int, doublings: int, digits: int) -> str:
+    """The number doubled again and again, each time with the factor that is left: `00874*04,01748*02,03496*01,`."""
+    left = range(doublings - 1, -1, -1)
+    return "".join(f"{number << (doublings - n):0{digits}d}*{2**n:02d}," for n in left)

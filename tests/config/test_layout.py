@@ -34,7 +34,8 @@ def test_sections_must_fit_each_other():
     _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
     _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
     _refused("reward.length_penalty.start=1024", reward={"length_penalty": {"start": 1024}})
-    _refused("min_digits", "max_digits", data={"arithmetic": {"min_digits": 9, "max_digits": 2}})
+    _refused("min_doublings", "max_doublings", data={"arithmetic": {"min_doublings": 5, "max_doublings": 2}})
+    _refused("data.arithmetic.digits=3", "max_doublings=6", data={"arithmetic": {"digits": 3}})
 
 
 @pytest.mark.parametrize(
