@@ -64,7 +64,6 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
         ConfigError: when the checkpoint cannot be read.
     """
     folder = checkpoint_folder(run_dir, step)
-    megatron_patch.install()
     _allocate_adam_state(trainer)
     contents = _load(_sharded_state(trainer, loading=True), folder)
     trainer.model.load_state_dict(contents["model"])
@@ -97,6 +96,7 @@ def write_model_folder(contents: dict[str, Any], template: str | Path, folder: P
         (draft / "megatron").mkdir(parents=True)
         copy_model_files(template, draft)
     torch.distributed.barrier()
+    megatron_patch.install()
     dist_checkpointing.save(contents, str(draft / "megatron"))
     torch.distributed.barrier()
     if writes:
@@ -139,6 +139,7 @@ def _unshare_steps(trainer: "Trainer") -> None:
 
 
 def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
+    megatron_patch.install()
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(contents, str(folder / "megatron"))
     except Exception as error:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -94,31 +93,28 @@ class Experiment:
         self.coordinator = Coordinator(runtime)
         self.weight_sync: WeightSync
         self.fleet: RolloutFleet | None = None
-        with ThreadPoolExecutor(1) as background:
-            if runtime.is_driver:  # engines start while the trainer is built
-                self.console.info(
-                    f"starting {config.rollout.engines} rollout engine(s) and {runtime.world_size} trainer(s)"
-                )
-                fleet = background.submit(
-                    RolloutFleet,
-                    config,
-                    environment,
-                    config.model.path,
-                    lambda engine: self.weight_sync.restore(engine),
-                )
-            temperature = config.rollout.temperature
-            self.trainer = Trainer(config, runtime, arch, vocab_limit, temperature)
-            self.reference = None
-            if config.algorithm.kl.coef > 0:
-                self.reference = Policy(config, runtime, arch, vocab_limit, temperature)
-            if resumed:
-                load_checkpoint(self.trainer, config.run_dir, resumed)
-                self.console.info(f"resuming after step {resumed} from {config.run_dir}")
-            self.first_step = resumed + 1
-            if runtime.is_driver:
-                self.fleet = fleet.result()
-                self.generator = Generator(config, tokenizer, self.fleet, self.console)
-                self._logger = MetricsLogger(config, start_step=self.first_step if resumed else 0)
+        if runtime.is_driver:  # engines start while the trainer is built
+            self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
+            self.fleet = RolloutFleet(
+                config,
+                environment,
+                config.model.path,
+                on_restart=lambda engine: self.weight_sync.restore(engine),
+                wait=False,
+            )
+        temperature = config.rollout.temperature
+        self.trainer = Trainer(config, runtime, arch, vocab_limit, temperature)
+        self.reference = None
+        if config.algorithm.kl.coef > 0:
+            self.reference = Policy(config, runtime, arch, vocab_limit, temperature)
+        if resumed:
+            load_checkpoint(self.trainer, config.run_dir, resumed)
+            self.console.info(f"resuming after step {resumed} from {config.run_dir}")
+        self.first_step = resumed + 1
+        if self.fleet is not None:
+            self.fleet.wait_until_up()
+            self.generator = Generator(config, tokenizer, self.fleet, self.console)
+            self._logger = MetricsLogger(config, start_step=self.first_step if resumed else 0)
         self.weight_sync = WeightSync(
             config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
         )

@@ -58,10 +58,12 @@ class RolloutFleet:
         environment: EngineEnvironment,
         model_path: str,
         on_restart: Callable[[int], None],
+        wait: bool = True,
     ) -> None:
-        """Start Ray if there is none, and the engines; returns when all are up.
+        """Start Ray if there is none, and the engines; returns when all are up, or at once without `wait`.
 
-        Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
+        To be called from a thread that lives as long as the fleet: the kernel ends Ray's processes with the thread that
+        started them. Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
         self._arguments = engine_arguments(config, environment, model_path)
         self._environment = environment
@@ -73,11 +75,15 @@ class RolloutFleet:
         if self._owns_ray:
             _start_ray()
         actors = [self._create_actor() for _ in range(config.rollout.engines)]
-        starts = [actor.start.remote() for actor in actors]
-        self._engines = [
-            EngineState(i, actor, self._wait_until_up(i, start))
-            for i, (actor, start) in enumerate(zip(actors, starts, strict=True))
-        ]
+        self._starts = [actor.start.remote() for actor in actors]
+        self._engines = [EngineState(i, actor, max_requests=0) for i, actor in enumerate(actors)]
+        if wait:
+            self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        """Wait for engines that were started without `wait`. Raises as the constructor does."""
+        for engine, start in zip(self._engines, self._starts, strict=True):
+            engine.max_requests = self._wait_until_up(engine.index, start)
 
     def _create_actor(self) -> Any:
         options: dict[str, Any] = {

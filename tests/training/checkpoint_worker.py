@@ -26,7 +26,13 @@ def main() -> None:
             "parallel": {"tp_size": tp, "pp_size": pp},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},
-            "train": {"tokens_per_microbatch": 128, "lr": 1e-3, "steps": 10, "warmup_steps": 4, "lr_schedule": "cosine"},
+            "train": {
+                "tokens_per_microbatch": 128,
+                "lr": 1e-3,
+                "steps": 10,
+                "warmup_steps": 4,
+                "lr_schedule": "cosine",
+            },
             "run_dir": run_dir,
         }
     )

@@ -1,0 +1,66 @@
+"""The mapping between Megatron shards and Hugging Face tensors covers everything exactly once."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.mapping import Shard, hf_shapes, local_shape, shard_parameters
+
+BASE = Architecture(
+    hidden_size=16,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=4,
+    ffn_hidden_size=24,
+    vocab_size=13,
+    max_positions=64,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=True,
+    tied=False,
+    rope={"rope_theta": 10000.0, "rope_type": "default"},
+    init_std=0.02,
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 4)])
+def test_shards_hold_every_element_once(tied: bool, tp: int, pp: int):
+    arch = dataclasses.replace(BASE, tied=tied)
+    counts = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in hf_shapes(arch).items()}
+    for stage in range(pp):
+        for rank in range(tp):
+            shard = Shard(rank, tp, stage, pp)
+            for parameter in shard_parameters(arch, shard):
+                local = torch.zeros(local_shape(arch, shard, parameter), dtype=torch.int64)
+                for block in parameter.blocks:
+                    assert local[block.local_index].shape == counts[block.hf_name][block.hf_index].shape
+                    local[block.local_index] += 1
+                    if not parameter.copy and not (parameter.replicated and rank > 0):
+                        counts[block.hf_name][block.hf_index] += 1
+                assert local.max() <= 1, f"{parameter.name}: blocks overlap"
+    for name, count in counts.items():
+        assert (count == 1).all(), name
+
+
+def test_tied_embedding_on_the_last_stage_is_a_copy():
+    arch = dataclasses.replace(BASE, tied=True)
+    last = shard_parameters(arch, Shard(0, 1, 1, 2))
+    copies = [parameter.name for parameter in last if parameter.copy]
+    assert copies == ["output_layer.weight"]
+
+
+def test_a_rank_may_hold_padding_only():
+    arch = dataclasses.replace(BASE, vocab_size=3)
+    assert arch.padded_vocab(4) == 4
+    embedding = shard_parameters(arch, Shard(3, 4, 0, 1))[0]
+    assert embedding.blocks == []
+
+
+def test_an_unknown_rope_type_is_refused_by_name():
+    arch = dataclasses.replace(BASE, rope={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ValueError, match="yarn"):
+        arch.inverse_frequencies()
