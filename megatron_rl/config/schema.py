@@ -92,8 +92,8 @@ class Data(Section):
     """Prompts to train and evaluate on."""
 
     train: str = "arithmetic"
-    """`arithmetic` (built in), a `.jsonl` or `.parquet` file, or the name of a `datasets` data set (`name:configuration`
-    when it has several)."""
+    """`arithmetic` (built in), a `.jsonl` or `.parquet` file, or the name of a `datasets` data set
+    (`name:configuration` when it has several)."""
     eval: list[str] = Field(default_factory=lambda: ["arithmetic-heldout"])
     """Sets of held-out prompts: `arithmetic-heldout`, files, or `datasets` names."""
     split: str = "train"
