@@ -47,6 +47,7 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: in
         keep: newest checkpoints to keep; older ones are removed.
     """
     folder = checkpoint_folder(run_dir, step)
+    _count_padding_between_parameters(trainer)
     contents = _sharded_state(trainer, loading=False)
     # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
     contents["state"] = {"step": step, "updates": trainer.updates}
@@ -116,6 +117,18 @@ def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     model = trainer.model.sharded_state_dict()
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer}
+
+
+def _count_padding_between_parameters(trainer: "Trainer") -> None:
+    """Make megatron-core save the ends of its buffers.
+
+    It aligns parameters within a buffer but leaves that padding out of `numel_unpadded`, where saving cuts the buffer
+    off: the last parameters would come back as zeros.
+    """
+    for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:

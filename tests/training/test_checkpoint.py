@@ -16,10 +16,13 @@ WORKER = "tests.training.checkpoint_worker"
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """A TP=2 run of 4 steps that saved after 2 of them."""
+    """A PP=2 run of 4 steps that saved after 2 of them.
+
+    Its norms of 16 elements make megatron-core pad between parameters, at which its own saving loses data.
+    """
     root = tmp_path_factory.mktemp("runs")
     model = make_models(root)["qwen3"]
-    run_workers(WORKER, 2, model, 2, 1, root / "run", 4, 2, root / "whole")
+    run_workers(WORKER, 2, model, 1, 2, root / "run", 4, 2, root / "whole")
     return root, model
 
 
@@ -29,14 +32,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_resumed_run_ends_with_the_same_bits(interrupted):
     root, model = interrupted
-    run_workers(WORKER, 2, model, 2, 1, root / "run", 4, 0, root / "resumed")
+    run_workers(WORKER, 2, model, 1, 2, root / "run", 4, 0, root / "resumed")
     whole, resumed, start = weights(root / "whole"), weights(root / "resumed"), weights(model)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
         assert not torch.equal(value, start[name]), f"{name} was not trained"
 
 
-@pytest.mark.parametrize(("tp", "pp", "processes"), [(1, 2, 2), (1, 1, 2)], ids=["pp2", "dp2"])
+@pytest.mark.parametrize(("tp", "pp", "processes"), [(2, 1, 2), (1, 1, 2)], ids=["tp2", "dp2"])
 def test_layout_may_change_between_save_and_resume(interrupted, tp: int, pp: int, processes: int):
     root, model = interrupted
     output = root / f"tp{tp}-pp{pp}-{processes}"
