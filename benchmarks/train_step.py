@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step [--quick] [--json FILE]
 
-`packing_vs_padding` compares real tokens per second of the same update on the same long-tailed responses: packed into rows of
-`tokens_per_microbatch`, or each filled up to the longest of the batch. `logprob_gap_mean` is the mean
+`packing_vs_padding` compares real tokens per second of the same update on the same long-tailed responses: packed into
+rows of `tokens_per_microbatch`, or each filled up to the longest of the batch. `logprob_gap_mean` is the mean
 |trainer log-prob - engine log-prob| over responses that the engine has generated, float32.
 """
 

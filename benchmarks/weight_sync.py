@@ -2,8 +2,8 @@
 
     python -m benchmarks.weight_sync [--quick] [--json FILE]
 
-`sync_vs_memcpy` is the sync's GB/s over the copy's. A sync writes the trainer's shards to shared memory, then the engine loads
-them: split into its fused projections and packed for its kernels.
+`sync_vs_memcpy` is the sync's GB/s over the copy's. A sync writes the trainer's shards to shared memory, then the
+engine loads them: split into its fused projections and packed for its kernels.
 """
 
 import torch

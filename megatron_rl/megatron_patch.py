@@ -36,8 +36,8 @@ def install() -> None:
     """
     if not megatron.core.__version__.startswith(TESTED_MEGATRON_CORE):
         raise RuntimeError(
-            f"checkpoints were not tested with megatron-core {megatron.core.__version__}; install a version that starts "
-            f"with {' or '.join(TESTED_MEGATRON_CORE)}."
+            f"checkpoints were not tested with megatron-core {megatron.core.__version__}; install a version that "
+            f"starts with {' or '.join(TESTED_MEGATRON_CORE)}."
         )
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
     filesystem_async._get_write_results_queue = lambda: _results

@@ -79,7 +79,7 @@ class Architecture:
         if kind == "default":
             return frequencies
         if kind == "linear":
-            return frequencies / rope["factor"]
+            return frequencies / float(rope["factor"])
         if kind != "llama3":
             raise ValueError(f"rope_type {kind!r} is not supported; supported are default, linear and llama3.")
         # Long wavelengths are stretched by `factor`, short ones kept, and those between interpolated.

@@ -1,6 +1,6 @@
 """Attention over packed sequences, for layers without Transformer Engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ class PackedSequences(PackedSeqParams):
     `padded_index[i]` is the place of packed token i in a [sequences * longest] grid of right-padded sequences.
     """
 
-    padded_index: torch.Tensor | None = None
-    sequences: int = 0
+    padded_index: torch.Tensor = field(kw_only=True)
+    sequences: int = field(kw_only=True)
 
     @classmethod
     def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSequences":

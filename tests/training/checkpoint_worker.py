@@ -1,6 +1,6 @@
 """Trains a tiny model for some updates, from a checkpoint when there is one.
 
-    checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT
+checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT
 """
 
 import sys
