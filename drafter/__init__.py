@@ -1,0 +1,1 @@
+"""The drafter of speculative decoding and its training; empty in this release."""

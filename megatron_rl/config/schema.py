@@ -47,7 +47,7 @@ class Model(Section):
     """The policy."""
 
     path: str
-    """Folder (or hub name) with a Hugging Face model: Llama, Qwen2 or Qwen3 `config.json`, safetensors, tokenizer."""
+    """Folder with a Llama, Qwen2 or Qwen3 model: Hugging Face files, or a checkpoint or converted folder of ours."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
     scratch: ScratchModel | None = None

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -126,12 +127,31 @@ def test_killed_run_continues_as_if_nothing_had_happened(experiment: Path, whole
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     run(experiment, override)
-    undisturbed, resumed = metrics(whole), metrics(run_dir)
-    assert sorted(resumed) == sorted(undisturbed)
-    for step, values in undisturbed.items():
-        assert resumed[step].keys() == values.keys()
+    assert_same_metrics(metrics(run_dir), metrics(whole))
+
+
+def test_run_survives_the_death_of_its_engine_and_nothing_changes(experiment: Path, whole: Path):
+    run_dir = experiment.parent / "engine-killed"
+    process = start(experiment, f"run_dir={run_dir}")
+    deadline = time.monotonic() + 200
+    while '"step": 1,' not in _read(run_dir / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline, _read(experiment.parent / "log.txt")[-4000:]
+        time.sleep(0.02)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    engines = [child for child in descendants if child.name().startswith("ray::RolloutEng")]
+    assert len(engines) == 1, [child.name() for child in descendants]
+    engines[0].kill()
+    assert process.wait(timeout=300) == 0, _read(experiment.parent / "log.txt")[-6000:]
+    assert "restarting it" in _read(experiment.parent / "log.txt")
+    assert_same_metrics(metrics(run_dir), metrics(whole))
+
+
+def assert_same_metrics(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
+    assert sorted(found) == sorted(expected)
+    for step, values in expected.items():
+        assert found[step].keys() == values.keys()
         for name, value in values.items():
-            assert resumed[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{name} of step {step}"
+            assert found[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{name} of step {step}"
 
 
 def _read(path: Path) -> str:
