@@ -205,6 +205,10 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not drop its prefix cache after a weight update.")
 
+    def stop(self) -> None:
+        """Let vLLM's worker processes end in good order: killed, they leave their shared memory behind."""
+        self._llm.engine_core.shutdown()
+
     def checksums(self) -> dict[str, int]:
         """Checksum of every Hugging Face tensor as the model multiplies with it, see `rollout.checksum`."""
         return combine(self._llm.collective_rpc("weight_checksums"))

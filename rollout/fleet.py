@@ -30,6 +30,8 @@ POLL_SECONDS = 0.25
 # The store carries requests and rollouts only (weights travel otherwise); Ray's own default is 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
+_STOP_SECONDS = 10.0
+
 RequestKey = tuple[str, int]
 
 
@@ -205,6 +207,9 @@ class RolloutFleet:
 
     def shutdown(self) -> None:
         """Stop the engines, and Ray when this fleet started it."""
+        stopping = [engine.actor.stop.remote() for engine in self._engines]
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_SECONDS)
         for engine in self._engines:
             ray.kill(engine.actor)
         self._engines = []

@@ -1,6 +1,7 @@
 """The fleet: every request is answered exactly once, whatever dies meanwhile."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -153,6 +154,8 @@ def test_tensor_parallel_engines_hold_the_weights_and_generate_the_same(
     split = RolloutFleet(config, make_environment(), str(model), on_restart=lambda index: None)
     try:
         assert tokens_by_key(split, requests) == tokens_by_key(fleet, requests)
+        maps = Path(f"/proc/{split.pids()[0]}/maps").read_text()
+        segments = set(re.findall(r"/dev/shm/psm_\w+", maps))
         source = StateDictSource(_load(other_model))
         sync = connect("shm", rank=0, client=split.client(), source=source, barrier=lambda: None,
                        segment=segment_name(str(tmp_path)), workers=2)  # fmt: skip
@@ -162,6 +165,7 @@ def test_tensor_parallel_engines_hold_the_weights_and_generate_the_same(
         sync.shutdown()
     finally:
         split.shutdown()
+    assert segments and not any(os.path.exists(segment) for segment in segments)
 
 
 @pytest.mark.parametrize(
