@@ -45,7 +45,15 @@ def _load(model: str, output: str) -> Policy:
     hf = read_hf_config(model)
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     precision = "fp32" if stored == "float32" else "bf16"
-    config = Config.model_validate({"model": {"path": model, "precision": precision}, "run_dir": output})
+    config = Config.model_validate(
+        {
+            "model": {"path": model, "precision": precision},
+            # Nothing is generated, so no length can be too long for the model.
+            "data": {"max_prompt_tokens": 1},
+            "rollout": {"max_tokens": 1},
+            "run_dir": output,
+        }
+    )
     check_layout(config, hf)
     runtime = device.initialize(config)
     arch = Architecture.from_folder(model)

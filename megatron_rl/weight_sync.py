@@ -11,7 +11,7 @@ from megatron_rl.config import Config
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.models.weights import PolicyWeights
-from rollout.checksum import partial_checksum
+from rollout.checksum import differing, source_checksums
 from rollout.shm_transfer import ShardedWeightSource
 from rollout.weight_sync import WeightSync as Connection
 from rollout.weight_sync import connect, segment_name
@@ -129,7 +129,7 @@ class WeightSync:
             for name, value in part.items():
                 expected[name] = (expected.get(name, 0) + value) % 2**64
         for number, held in enumerate(self._fleet.checksums()):
-            wrong = sorted(name for name in expected if held.get(name) != expected[name])
+            wrong = differing(expected, held)
             if wrong:
                 raise RuntimeError(
                     f"engine {number} does not hold the trainer's weights: {len(wrong)} of {len(expected)} tensors "
@@ -138,10 +138,7 @@ class WeightSync:
 
     def _partial_sums(self) -> dict[str, int]:
         shapes = {meta.name: meta.shape for meta in self._source.metadata()}
-        sums: dict[str, int] = {}
-        for name, index, values in self._source.pieces():
-            sums[name] = (sums.get(name, 0) + partial_checksum(values, index, shapes[name])) % 2**64
-        return sums
+        return source_checksums(self._source.pieces(), shapes)
 
     def shutdown(self) -> None:
         """Release the connection."""
