@@ -139,8 +139,7 @@ class Generator:
         scores = self._scorer.score(items)
         self.metrics = {
             "time/reward": time.perf_counter() - start,
-            "reward/errors": float(sum(score.error == "error" for score in scores)),
-            "reward/timeouts": float(sum(score.error == "timeout" for score in scores)),
+            **{f"reward/{name}": count for name, count in self._scorer.metrics().items()},
         }
         return [score.value for score in scores]
 

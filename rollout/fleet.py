@@ -32,7 +32,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 
 _STOP_SECONDS = 10.0
 
-RequestKey = tuple[str, int]
+RequestKey = tuple[str, int, int]  # prompt id, sample index, epoch: a step may straddle two epochs
 
 
 @dataclass
@@ -106,14 +106,14 @@ class RolloutFleet:
             raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
 
     def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
-        """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index) must be unique.
+        """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index, epoch) are unique.
 
         Requests of one prompt go to one engine, which so computes the prompt once. Rollouts do not depend on the
         number of engines or on the order. Raises RuntimeError when an engine died more often than
         `rollout.max_restarts`.
         """
         if len({_key(request) for request in requests}) < len(requests):
-            raise ValueError("two requests have the same prompt id and sample index")
+            raise ValueError("two requests have the same prompt id, sample index and epoch")
         backlog = _groups(requests)
         polls: dict[Any, EngineState] = {}
         try:
@@ -153,7 +153,7 @@ class RolloutFleet:
             return []
         engine.submitted.clear()
         for rollout in finished:
-            del engine.running[rollout.prompt_id, rollout.sample_index]
+            del engine.running[_key(rollout)]
         return finished
 
     def _abandon(self, polls: list[Any]) -> None:
@@ -244,8 +244,8 @@ def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     }
 
 
-def _key(request: RolloutRequest) -> RequestKey:
-    return request.prompt_id, request.sample_index
+def _key(item: RolloutRequest | Rollout) -> RequestKey:
+    return item.prompt_id, item.sample_index, item.epoch
 
 
 def _groups(requests: list[RolloutRequest]) -> deque[list[RolloutRequest]]:

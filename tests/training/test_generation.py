@@ -1,0 +1,109 @@
+"""The driver's side of a step, with a fleet that answers in any order."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import Config
+from megatron_rl.console import Console
+from megatron_rl.data.prompts import load_prompts
+from megatron_rl.experiment import load_tokenizer
+from megatron_rl.generation import Generator
+from megatron_rl.scratch import make_scratch_model
+from rollout.records import Rollout, RolloutRequest
+
+
+class EchoFleet:
+    """Answers `=1` to every request, the last request first."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+        self.seen: list[RolloutRequest] = []
+
+    def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
+        self.seen = requests
+        for request in reversed(requests):
+            yield Rollout(
+                prompt_id=request.prompt_id,
+                sample_index=request.sample_index,
+                epoch=request.epoch,
+                seed=request.seed,
+                prompt_ids=request.prompt_ids,
+                token_ids=self.answer,
+                logprobs=[-1.0] * len(self.answer),
+                finish_reason="stop",
+                policy_version=0,
+            )
+
+
+def raising_reward(prompt: str, response: str, answer: str) -> float:
+    raise RuntimeError("broken")
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    def build(**reward: object) -> tuple[Generator, EchoFleet, Config]:
+        config = Config.model_validate(
+            {
+                "model": {"path": str(tmp_path / "model"), "scratch": {}},
+                "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 5, "eval_size": 3}},
+                "reward": reward or {"name": "numeric"},
+                "algorithm": {"group_size": 2},
+                "train": {"prompts_per_step": 4},
+                "rollout": {"max_tokens": 16},
+                "run_dir": str(tmp_path / "run"),
+            }
+        )
+        if not (tmp_path / "model").exists():
+            make_scratch_model(config.model.path, config.model.scratch)
+        tokenizer = load_tokenizer(config.model.path)
+        fleet = EchoFleet(tokenizer("=1")["input_ids"])
+        return Generator(config, tokenizer, fleet, Console(False)), fleet, config
+
+    return build
+
+
+def test_rollouts_come_back_in_the_order_of_their_prompts(make):
+    generator, fleet, _ = make()
+    scored = generator.training_rollouts(1)
+    asked = [(request.prompt_id, request.sample_index) for request in fleet.seen]
+    assert [(rollout.prompt_id, rollout.sample_index) for rollout in scored.rollouts] == asked
+    assert len(set(asked)) == 8
+    assert [prompt for prompt, _ in asked[::2]] == [prompt for prompt, _ in asked[1::2]], "groups stay together"
+
+
+def test_a_step_that_straddles_epochs_may_visit_a_prompt_twice(make):
+    generator, fleet, _ = make()
+    visits = 0
+    for step in range(1, 6):
+        scored = generator.training_rollouts(step)
+        assert len(scored.rollouts) == len(scored.rewards) == 8
+        assert len({request.seed for request in fleet.seen}) == 8, "every response has noise of its own"
+        visits += len({request.epoch for request in fleet.seen}) == 2
+    assert visits > 0, "5 prompts, 4 per step: some steps straddle"
+
+
+def test_rewards_match_the_prompts_answers(make):
+    generator, fleet, config = make()
+    prompts = load_prompts("arithmetic", config.data, load_tokenizer(config.model.path), "train", heldout=False)
+    answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
+    scored = generator.training_rollouts(1)
+    expected = [float(answers[rollout.prompt_id] == "1") for rollout in scored.rollouts]
+    assert scored.rewards == expected
+    assert generator.metrics["response/length_mean"] == 2
+
+
+def test_a_broken_reward_is_counted(make):
+    generator, _, _ = make(function="tests.training.test_generation:raising_reward")
+    scored = generator.training_rollouts(1)
+    assert scored.rewards == [0.0] * 8
+    assert generator.metrics["reward/errors"] == 8
+    generator.close()
+
+
+def test_evaluation_reports_every_set(make):
+    generator, fleet, _ = make()
+    generator.evaluate(0)
+    assert all(request.temperature == 0 for request in fleet.seen)
+    assert 0 <= generator.metrics["eval/arithmetic-heldout/greedy_accuracy"] <= 1
