@@ -181,8 +181,6 @@ class Trainer(Policy):
             ),
             [self.ddp],
         )
-        for group in self.optimizer.param_groups:
-            group["fused"] = True  # one pass over all parameters, where megatron-core stands on torch's Adam
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.weights = PolicyWeights(self.model, arch)

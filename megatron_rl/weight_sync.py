@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +72,8 @@ class WeightSync:
             client=self._fleet.client(engines) if self._fleet is not None else None,
             source=self._source,
             barrier=lambda: torch.distributed.barrier(group=self._runtime.control_group),
-            segment=segment_name(config.run_dir),
+            # Two runs may have the same relative run_dir in different folders.
+            segment=segment_name(str(Path(config.run_dir).resolve())),
             workers=count * config.rollout.tp_size,
         )
 
