@@ -23,10 +23,10 @@ $(BASE_MODEL): | $(READY)
 	$(BIN)/megatron-rl sft -c configs/arithmetic-sft.yaml
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

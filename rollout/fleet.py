@@ -218,6 +218,8 @@ class RolloutFleet:
 
 
 def _start_ray() -> None:
+    # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return

@@ -17,8 +17,6 @@ from rollout.weight_sync import connect, segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
 from tests.rollout.test_weight_transfer import StateDictSource, _load
 
-pytestmark = pytest.mark.xdist_group("fleet")
-
 
 @pytest.fixture(scope="module")
 def restarted() -> list[int]:

@@ -17,8 +17,6 @@ from rollout.weight_sync import WeightSync, connect, segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
 from tests.rollout.tiny_models import make_model
 
-pytestmark = pytest.mark.xdist_group("fleet")
-
 
 class StateDictSource(ShardedWeightSource):
     """One rank of several that share a state dict: it holds every `ranks`-th row."""

@@ -11,8 +11,6 @@ from megatron_rl.checkpoint import checkpoint_folder, latest_step
 from tests.launching import run_workers
 from tests.training.models import make_models
 
-pytestmark = pytest.mark.xdist_group("checkpoint")
-
 WORKER = "tests.training.checkpoint_worker"
 
 

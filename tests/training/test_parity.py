@@ -10,8 +10,6 @@ from tests.launching import run_workers
 from tests.training.models import VOCAB, make_models, random_sequences
 from tests.training.parity_worker import TEMPERATURE
 
-pytestmark = pytest.mark.xdist_group("parity")
-
 LAYOUTS = {"tp1-pp1": (1, 1, 1), "tp2-pp1": (2, 1, 2), "tp1-pp2": (1, 2, 2), "tp2-pp2": (2, 2, 4), "dp2": (1, 1, 2)}
 
 

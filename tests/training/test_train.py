@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM
 from tests.launching import ROOT
 from tests.rollout.tiny_models import make_model
 
-pytestmark = pytest.mark.xdist_group("fleet")  # one fleet at a time on a small machine
-
 STEPS = 3
 # What may differ between two runs: times, and what follows from them.
 MACHINE_DEPENDENT = ("time/", "throughput/", "weight_sync/")
