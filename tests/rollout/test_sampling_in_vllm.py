@@ -15,8 +15,6 @@ from rollout.noise import coupled_sample
 from rollout.records import RolloutRequest
 from tests.rollout.helpers import VOCAB_LIMIT, make_requests, tokens_by_key
 
-pytestmark = pytest.mark.xdist_group("fleet")
-
 Logits = Callable[[list[int]], torch.Tensor]
 
 
