@@ -45,6 +45,8 @@ def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
             "model": {"path": str(folder / "model"), "precision": "fp32", "scratch": scratch},
             "run_dir": str(folder / "run"),
             **sections,
+            # Compiling would take longer than the benchmark, and changes neither weights nor log-probs.
+            "rollout": sections.get("rollout", {}) | {"vllm": {"enforce_eager": True}},
         }
     )
     for name, value in device.process_environment(config, 1).items():

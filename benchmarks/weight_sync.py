@@ -11,7 +11,7 @@ import torch
 from benchmarks._common import finish, measure, parse_arguments
 from benchmarks._model import build
 
-SMALL = {"hidden_size": 512, "layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn_hidden_size": 2048}
+SMALL = {"hidden_size": 384, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64, "ffn_hidden_size": 1536}
 LARGE = {"hidden_size": 1024, "layers": 16, "heads": 16, "kv_heads": 8, "head_dim": 64, "ffn_hidden_size": 4096}
 
 
