@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
 from rollout.checksum import combine
-from rollout.records import Rollout, RolloutRequest
+from rollout.records import Rollout, RolloutRequest, Source
 
 # Options of vLLM that follow from keys of ours, or on which this package relies.
 _RESERVED = {
@@ -22,7 +22,10 @@ _RESERVED = {
     "skip_tokenizer_init": "requests carry token ids, so it is always true",
     "generation_config": "sampling follows from rollout.temperature alone",
     "pipeline_parallel_size": "engines are split by rollout.tp_size alone",
-    "speculative_config": "draft tokens are not supported yet",
+    "speculative_config": "set rollout.speculation",
+    "scheduler_cls": "it is used for rollout.speculation",
+    "additional_config": "it is used for rollout.speculation",
+    "async_scheduling": "drafts are made between steps, so it is off whenever rollout.speculation is on",
 }
 
 
@@ -52,9 +55,29 @@ def check_vllm_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"rollout.vllm.{name} is no option of vLLM's engine; {hint}")
 
 
+def check_sampling_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a name or value in `rollout.sampling` that vLLM or coupled sampling does not take."""
+    from vllm import SamplingParams
+
+    from rollout.constraints import SUPPORTED
+
+    for name in options:
+        if name not in SUPPORTED:
+            close = difflib.get_close_matches(name, SUPPORTED, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(SUPPORTED)}."
+            raise ConfigError(f"rollout.sampling.{name} is not supported; {hint}")
+    if "bad_words" in options:
+        raise ConfigError("rollout.sampling.bad_words needs a tokenizer in the engine, which gets token ids; leave it out.")
+    try:
+        SamplingParams(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"vLLM refuses rollout.sampling: {error}") from None
+
+
 def engine_arguments(config: Config, environment: EngineEnvironment, model_path: str) -> dict[str, Any]:
-    """The arguments of vLLM's `EngineArgs`. Raises ConfigError, see `check_vllm_options`."""
+    """The arguments of vLLM's `EngineArgs`. Raises ConfigError, see `check_vllm_options`, `check_sampling_options`."""
     check_vllm_options(config.rollout.vllm)
+    check_sampling_options(config.rollout.sampling)
     arguments: dict[str, Any] = {
         "max_model_len": config.data.max_prompt_tokens + config.rollout.max_tokens,
         "disable_log_stats": True,
@@ -71,15 +94,44 @@ def engine_arguments(config: Config, environment: EngineEnvironment, model_path:
     if config.rollout.tp_size > 1:
         # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
         arguments["distributed_executor_backend"] = "mp"
-    return arguments
+    return arguments | _speculation_arguments(config)
+
+
+def _speculation_arguments(config: Config) -> dict[str, Any]:
+    speculation = config.rollout.speculation
+    if speculation.adaptive == "off":
+        return {}
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": "rollout.scheduler.NoDrafts",
+            "num_speculative_tokens": speculation.max_draft_tokens,
+        },
+        "scheduler_cls": "rollout.scheduler.SpeculativeScheduler",
+        "async_scheduling": False,
+        "additional_config": {
+            "megatron_rl_speculation": {
+                "adaptive": speculation.adaptive,
+                "drafters": speculation.drafters,
+                "max_draft_tokens": speculation.max_draft_tokens,
+                "max_bytes": speculation.memory_mb * 2**20,
+                "seed": config.train.seed,
+            }
+        },
+    }
 
 
 class RolloutEngine:
     """Generates one response per request. All methods run in the actor's one thread, in the order of the calls."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        """`arguments`: see `engine_arguments`. Does nothing yet, because an actor's errors are clearer in a method."""
-        self._arguments = arguments
+    def __init__(self, arguments: dict[str, Any], coupled: bool = True, sampling: dict[str, Any] | None = None) -> None:
+        """`arguments`: see `engine_arguments`. Does nothing yet, because an actor's errors are clearer in a method.
+
+        `coupled` samples with each request's seed (otherwise by vLLM's own rules); `sampling` are further options of
+        vLLM's SamplingParams for every request.
+        """
+        self._arguments, self._coupled, self._sampling = arguments, coupled, sampling or {}
+        self._internal_names: dict[str, str] = {}
         self._running: dict[str, RolloutRequest] = {}
         self._submitted = 0
         self._policy_version = 0
@@ -125,15 +177,18 @@ class RolloutEngine:
             parameters = SamplingParams(
                 temperature=request.temperature,
                 max_tokens=request.max_tokens,
-                stop_token_ids=self._stop_ids,
+                stop_token_ids=[] if request.ignore_eos else self._stop_ids,
+                ignore_eos=request.ignore_eos,
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"seed": request.seed},
+                extra_args={"group": request.prompt_id} | ({"seed": request.seed} if self._coupled else {}),
+                **self._sampling,
             )
             self._submitted += 1
             name = str(self._submitted)
-            self._llm.add_request(name, {"prompt_token_ids": request.prompt_ids}, parameters)
+            prompt = {"prompt_token_ids": request.prompt_ids}
+            self._internal_names[name] = self._llm.add_request(name, prompt, parameters)
             self._running[name] = request
 
     def _check(self, request: RolloutRequest) -> None:
@@ -168,6 +223,12 @@ class RolloutEngine:
         request = self._running.pop(output.request_id)
         completion = output.outputs[0]
         tokens = list(completion.token_ids)
+        internal_name = self._internal_names.pop(output.request_id)
+        sources = [Source.FRESH] * len(tokens)
+        if self._speculates:
+            for place in self._scheduler.take_accepted(internal_name):
+                if place < len(tokens):  # drafts may reach past a stop token
+                    sources[place] = Source.DRAFT
         return Rollout(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
@@ -178,12 +239,30 @@ class RolloutEngine:
             logprobs=[entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)],
             finish_reason=completion.finish_reason,
             policy_version=self._policy_version,
+            sources=sources,
         )
+
+    @property
+    def _speculates(self) -> bool:
+        return "speculative_config" in self._arguments
+
+    @property
+    def _scheduler(self) -> Any:
+        # The engine core runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+        return self._llm.engine_core.engine_core.scheduler
+
+    def take_speculation_counts(self) -> Any:
+        """`rollout.scheduler.SpeculationCounts` since the last call, or None when the engine does not speculate."""
+        return self._scheduler.take_counts() if self._speculates else None
 
     def abort_all(self) -> None:
         """Forget all requests that have not finished."""
         self._llm.abort_request(list(self._running))
+        if self._speculates:
+            for name in self._running:
+                self._scheduler.take_accepted(self._internal_names[name])
         self._running.clear()
+        self._internal_names.clear()
 
     def init_weight_transfer_engine(self, request: Any) -> None:
         """vLLM's weight-sync protocol; `request` is its `WeightTransferInitRequest`."""

@@ -20,7 +20,7 @@ from megatron_rl.config import Config, ConfigError
 from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
-from rollout.records import Rollout, RolloutRequest
+from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class RolloutFleet:
         To be called from a thread that lives as long as the fleet: the kernel ends Ray's processes with the thread that
         started them. Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
-        self._arguments = engine_arguments(config, environment, model_path)
+        rollout = config.rollout
+        self._arguments = (engine_arguments(config, environment, model_path), rollout.verify == "coupled", rollout.sampling)
         self._environment = environment
         self.workers_per_engine = config.rollout.tp_size
         self._max_restarts = config.rollout.max_restarts
@@ -94,7 +95,7 @@ class RolloutFleet:
             "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
             "runtime_env": {"env_vars": _engine_variables(self._environment)},
         }
-        return ray.remote(RolloutEngine).options(**options).remote(self._arguments)
+        return ray.remote(RolloutEngine).options(**options).remote(*self._arguments)
 
     def _wait_until_up(self, index: int, start: Any) -> int:
         try:
@@ -194,6 +195,11 @@ class RolloutFleet:
         """Per engine, the checksum of each Hugging Face tensor it holds; see `rollout.checksum`."""
         sums: list[dict[str, int]] = ray.get([engine.actor.checksums.remote() for engine in self._engines])
         return sums
+
+    def take_speculation_counts(self) -> list[SpeculationCounts]:
+        """What drafting gave since the last call, per engine; empty without speculation."""
+        counts = ray.get([engine.actor.take_speculation_counts.remote() for engine in self._engines])
+        return [count for count in counts if count is not None]
 
     def set_policy_version(self, version: int) -> None:
         """The number that rollouts generated from now on carry."""

@@ -1,6 +1,16 @@
 """What goes into the fleet and what comes out of it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Source(IntEnum):
+    """Where a token came from. It never changes what the token is; it tells what speculation saved."""
+
+    FRESH = 0  # sampled by the engine
+    DRAFT = 1  # proposed by a drafter and verified
+    HISTORY = 2  # proposed by an earlier epoch's response and verified
 
 
 @dataclass(frozen=True)
@@ -14,6 +24,7 @@ class RolloutRequest:
     prompt_ids: list[int]
     max_tokens: int
     temperature: float  # 0 means greedy
+    ignore_eos: bool = False  # go on to max_tokens: for benchmarks of a given length
 
 
 @dataclass(frozen=True)
@@ -29,3 +40,18 @@ class Rollout:
     logprobs: list[float]  # one per token, of the distribution that was sampled (temperature and masks applied)
     finish_reason: str  # "stop" | "length"
     policy_version: int
+    sources: list[Source] = field(default_factory=list)  # one per token
+
+
+@dataclass
+class SpeculationCounts:
+    """What an engine's drafting did, in total since the last reading."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    chosen: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """(bucket of live batch sizes, arm) -> steps."""

@@ -1,27 +1,39 @@
-"""The one place that changes vLLM: its V1 model runner's `_sample` goes through coupled sampling.
+"""The one place that changes vLLM. Three functions, all about which token is sampled:
 
-A request takes part by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own `seed` keeps a
-generator's state per request, which a restart loses). The position key of a row is the position of its input token.
+- `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
+- `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
+  agrees whenever drafter and policy agree, also at temperature 1.
+- `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.verify: rejection`: vLLM 0.32 leaves its result
+  uninitialised there, which gives drafts the wrong temperature.
+
+A request takes part in the first two by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own
+`seed` keeps a generator's state per request, which a restart loses). The position key of a row is the position of its
+input token.
 """
 
 from typing import Any
 
 import torch
 import vllm
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from rollout.noise import coupled_sample
+from rollout.constraints import Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
+from rollout.verify import raise_for_status, verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
 SEED_KEY = "seed"
+DRAFT_NOISE = "_megatron_rl_draft_noise"  # attribute of a proposer
 
 
 def install_coupled_sampling(vocab_limit: int | None) -> None:
-    """Replace `GPUModelRunner._sample`; token ids from `vocab_limit` on are never sampled. Idempotent.
+    """Replace the functions named above; token ids from `vocab_limit` on are never sampled. Idempotent.
 
     Requests without a seed are sampled by vLLM itself, below the same limit. Raises RuntimeError for an untested vLLM.
     """
@@ -32,58 +44,70 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
         )
     if hasattr(GPUModelRunner._sample, "__wrapped__"):
         return
+    _replace_sampling(vocab_limit)
+    _replace_draft_sampling()
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def _replace_sampling(vocab_limit: int | None) -> None:
     stock_sample = GPUModelRunner._sample
 
     def sample(runner: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
-        if vocab_limit is not None:
-            logits[:, vocab_limit:] = -torch.inf
         seeds = _seeds(runner)
         if seeds is None:
+            _set_draft_noise(runner, None)
+            if vocab_limit is not None:
+                logits[:, vocab_limit:] = -torch.inf
             return stock_sample(runner, logits, spec_decode_metadata)
-        metadata = runner.input_batch.sampling_metadata
-        refuse_unsupported(metadata, spec_decode_metadata)
-        return _coupled(runner, logits, seeds, metadata)
+        return _coupled(runner, logits, seeds, spec_decode_metadata, vocab_limit)
 
     sample.__wrapped__ = stock_sample  # type: ignore[attr-defined]
     GPUModelRunner._sample = sample
 
 
-def refuse_unsupported(metadata: SamplingMetadata, spec_decode_metadata: Any) -> None:
-    """Raise ValueError, naming the option, when a batch with seeds asks for what coupled sampling lacks."""
-    processors = metadata.logitsprocs.argmax_invariant + metadata.logitsprocs.non_argmax_invariant
-    asked = {
-        "draft tokens": spec_decode_metadata is not None,
-        "top_k": metadata.top_k is not None,
-        "top_p": metadata.top_p is not None,
-        "presence, frequency or repetition penalties": not metadata.no_penalties,
-        "allowed_token_ids": metadata.allowed_token_ids_mask is not None,
-        "bad_words": bool(metadata.bad_words_token_ids),
-        "min_p, min_tokens, logit_bias or another logits processor": any(map(_is_active, processors)),
-        "more than the sampled token's log-probability": (metadata.max_num_logprobs or 0) > 0,
-        "logprob_token_ids": bool(metadata.logprob_token_ids),
-        "a thinking budget": _tracks_thinking(metadata),
-    }
-    if unsupported := [name for name, present in asked.items() if present]:
-        raise ValueError(
-            f"Coupled sampling (a request with extra_args[{SEED_KEY!r}]) does not support {'; '.join(unsupported)}: "
-            "leave it out, or send the request without the seed."
+def _replace_draft_sampling() -> None:
+    stock_sample_drafts = SpecDecodeBaseProposer._sample_draft_tokens
+
+    def sample_drafts(
+        proposer: Any, hidden_states: Tensor, metadata: SamplingMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        noise: DraftNoise | None = getattr(proposer, DRAFT_NOISE, None)
+        if noise is None or proposer.use_heterogeneous_vocab:
+            return stock_sample_drafts(proposer, hidden_states, metadata)
+        return noise.sample(proposer.model.compute_logits(hidden_states)), None
+
+    SpecDecodeBaseProposer._sample_draft_tokens = sample_drafts
+
+
+def _set_draft_noise(runner: Any, noise: "DraftNoise | None") -> None:
+    if (proposer := getattr(runner, "drafter", None)) is not None:
+        setattr(proposer, DRAFT_NOISE, noise)
+
+
+class DraftNoise:
+    """The noise of the drafts that follow a sampling step: the place where each request goes on."""
+
+    def __init__(self, seeds: Tensor, temperature: Tensor, positions: Tensor) -> None:
+        self._seeds, self._temperature, self._positions = seeds, temperature, positions
+
+    def sample(self, logits: Tensor) -> Int[Tensor, " requests"]:
+        """One draft token per request, int64; the next call is for the tokens after them."""
+        requests = len(logits)
+        tokens, _, _ = verify_tokens(
+            logits,
+            torch.arange(requests + 1, dtype=torch.int32, device=logits.device),
+            torch.empty(0, dtype=torch.int32, device=logits.device),
+            self._temperature[:requests],
+            self._seeds[:requests],
+            self._positions[:requests],
+            1,
         )
+        self._positions = self._positions + 1
+        return tokens[:, 0].long()
 
 
-def _is_active(processor: Any) -> bool:
-    # vLLM's own processors are always loaded, and each keeps its own record of the requests that use it.
-    for record in ("min_p_count", "min_toks", "biases"):
-        if hasattr(processor, record):
-            return bool(getattr(processor, record))
-    return True
-
-
-def _tracks_thinking(metadata: SamplingMetadata) -> bool:
-    holder = metadata.thinking_budget_state_holder
-    return holder is not None and holder.has_tracked_requests()
-
-
-def _seeds(runner: Any) -> Int[Tensor, " rows"] | None:
+def _seeds(runner: Any) -> Int[Tensor, " requests"] | None:
     """The seeds of the batch's requests, or None when no request has one; ValueError when only some do."""
     extras = [runner.requests[request].sampling_params.extra_args or {} for request in runner.input_batch.req_ids]
     seeds = [extra.get(SEED_KEY) for extra in extras]
@@ -95,18 +119,54 @@ def _seeds(runner: Any) -> Int[Tensor, " rows"] | None:
 
 
 def _coupled(
-    runner: Any, logits: Float[Tensor, "rows vocab"], seeds: Int[Tensor, " rows"], metadata: SamplingMetadata
+    runner: Any, logits: Tensor, seeds: Tensor, spec_decode_metadata: Any, vocab_limit: int | None
 ) -> SamplerOutput:
-    rows = len(seeds)
-    last_rows = runner.query_start_loc.gpu[1 : rows + 1].long() - 1
-    positions = runner.positions[last_rows].long()
-    if metadata.temperature is None:  # vLLM's way to say that all are greedy
-        temperature = torch.zeros(rows, device=logits.device)
+    requests = len(seeds)
+    runner.input_batch.update_async_output_token_ids()
+    metadata: SamplingMetadata = runner.input_batch.sampling_metadata
+    refuse_unsupported(metadata)
+    cu_rows = torch.zeros(requests + 1, dtype=torch.int32, device=logits.device)
+    if spec_decode_metadata is None:
+        torch.arange(1, requests + 1, out=cu_rows[1:])
+        draft_ids = torch.empty(0, dtype=torch.int32, device=logits.device)
+        last_tokens = runner.query_start_loc.gpu[1 : requests + 1].long() - 1
+        positions, max_rows = runner.positions[last_tokens].long(), 1
+        counts = [0] * requests
     else:
-        # vLLM treats temperatures below 1e-5 as greedy.
-        temperature = metadata.temperature[:rows].float()
-        temperature = torch.where(temperature < 1e-5, 0.0, temperature)
-    tokens, logprobs = coupled_sample(logits, seeds, positions, temperature)
-    token_column = tokens.to(torch.int32)[:, None]
-    ranks = torch.zeros(rows, dtype=torch.int64, device=logits.device)  # vLLM wants ranks; nobody here reads them
-    return SamplerOutput(token_column, LogprobsTensors(token_column, logprobs[:, None], ranks))
+        counts = spec_decode_metadata.num_draft_tokens
+        cu_rows[1:] = spec_decode_metadata.cu_num_sampled_tokens
+        draft_ids = spec_decode_metadata.draft_token_ids.to(torch.int32)
+        first_rows = spec_decode_metadata.logits_indices[cu_rows[:-1].long()].long()
+        positions, max_rows = runner.positions[first_rows].long(), spec_decode_metadata.max_spec_len + 1
+    if metadata.temperature is None:  # vLLM's way to say that all are greedy
+        temperature = torch.zeros(requests, device=logits.device)
+    else:
+        temperature = metadata.temperature[:requests].float()
+        temperature = torch.where(is_greedy(temperature), 0.0, temperature)
+    drawn_at = temperature
+    if asks_for_constraints(metadata):
+        split = draft_ids.cpu().split(counts) if len(draft_ids) else [draft_ids] * requests
+        logits = constrain(logits, metadata, Rows.of([part.tolist() for part in split], logits.device))
+        drawn_at = torch.where(temperature == 0, 0.0, 1.0)  # the logits are already divided by it
+    tokens, emitted, logprobs = verify_tokens(
+        logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
+    )
+    if not logits.is_cuda:
+        raise_for_status(emitted)
+    _set_draft_noise(runner, DraftNoise(seeds, temperature, positions + emitted))
+    return SamplerOutput(tokens, _logprobs_tensors(tokens, logprobs))
+
+
+def _logprobs_tensors(tokens: Tensor, logprobs: Tensor) -> LogprobsTensors:
+    flat = tokens.reshape(-1)
+    ranks = torch.zeros(len(flat), dtype=torch.int64, device=tokens.device)  # vLLM wants ranks; nobody here reads them
+    return LogprobsTensors(flat.clamp(min=0)[:, None], logprobs.reshape(-1, 1), ranks)
+
+
+def _expand_batch_to_tokens(
+    values: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """values [requests] repeated for each request's draft tokens, with one value replaced."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+    replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)

@@ -6,7 +6,7 @@ own `config.json` (heads by TP, layers by PP) are in `megatron_rl.config.layout`
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -213,6 +213,26 @@ class Train(Section):
     """CPU threads per trainer process; null: the machine's cores divided by its trainer processes."""
 
 
+class Speculation(Section):
+    """Drafts that the engines verify: they change how fast tokens come, never which."""
+
+    drafters: list[Literal["ngram"]] = Field(default_factory=lambda: ["ngram"])
+    """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other."""
+    adaptive: Literal["off", "static", "beg", "model"] = "model"
+    """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens per second
+    (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
+    max_draft_tokens: int = Field(8, ge=1, le=64)
+    """Most draft tokens per request and step."""
+    memory_mb: PositiveInt = 256
+    """Memory of the n-gram counts per engine, in MiB; the oldest are forgotten."""
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as false.
+        return "off" if value is False else value
+
+
 class Rollout(Section):
     """The fleet of vLLM engines."""
 
@@ -226,6 +246,14 @@ class Rollout(Section):
     """Longest response, in tokens."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of training rollouts."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """Further options of vLLM's SamplingParams for all rollouts, e.g. `top_p: 0.95`, `min_tokens: 8`. The log-probs are
+    those of the distribution that they leave, which the trainer's are not."""
+    verify: Literal["coupled", "rejection"] = "coupled"
+    """How tokens are sampled and drafts verified. coupled: by the seed's noise, so that rollouts are reproducible and
+    the same with any drafts; rejection: by vLLM's own rule, for comparison."""
+    speculation: Speculation = Speculation()
+    """Drafts that the engines verify."""
     weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """How weights reach the engines: shm (shared memory, CPU), ipc (colocated GPUs), nccl (separate GPUs)."""
     verify_weights: bool = False

@@ -85,7 +85,7 @@ def test_a_restarted_engine_gets_the_weights_of_the_last_sync(model: Path, other
                    segment=segment_name(str(tmp_path)), workers=1)  # fmt: skip
     try:
         sync.sync()
-        requests = make_requests(8, samples=4, max_tokens=60)
+        requests = make_requests(60, samples=4, max_tokens=60)  # more than one poll can finish
         expected = tokens_by_key(fleet, requests)
         stream = fleet.generate(requests)
         first = next(stream)

@@ -1,0 +1,322 @@
+"""Which drafter, and how many draft tokens, in the next engine step: learned from the steps before.
+
+A controller is told what every step cost and gave (`observe`) and asked what to do next (`choose`). It knows nothing of
+engines or tensors. Terms:
+
+- arm: a drafter and a number k of draft tokens per request. `PLAIN`, no drafts, is always among the arms.
+- batch: requests that decode in the step. Choices are made per bucket of batch sizes, because verifying k more rows per
+  request is nearly free for a few requests and dear for many.
+- rows: what the model computes in the step, the batch plus all draft tokens.
+- rate: tokens emitted per second, which every controller maximises.
+
+`beg` is bucketed epsilon-greedy over medians of a sliding window (the rule of FastRL's tuner, per bucket). `model`
+predicts the rate of every arm from a latency model and acceptance estimates and draws both from their uncertainty
+(Thompson sampling), so that it needs few trials per bucket and arm.
+"""
+
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+from megatron_rl.config import ConfigError
+from rollout.latency import LatencyModel
+
+WINDOW = 48  # steps that a median looks back on: older ones are forgotten
+SWITCH_GAIN = 1.03  # an arm replaces the current one only when it promises this much more
+HOLD_STEPS = 4  # steps between decisions
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A drafter by name and the most draft tokens per request."""
+
+    drafter: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.drafter}:{self.k}" if self.k else "plain"
+
+
+PLAIN = Arm("none", 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pure decoding step did."""
+
+    arm: Arm
+    batch: int
+    drafted: int  # draft tokens verified, over all requests
+    emitted: int  # tokens that came out, over all requests
+    seconds: float
+    tried_at: tuple[int, ...] = ()  # per draft position: requests whose earlier drafts were all accepted
+    accepted_at: tuple[int, ...] = ()  # of those, how many had this draft accepted too
+
+
+# What an arm would draft in the next step, and how many of those tokens it expects to be accepted.
+Expectation = tuple[float, float]
+
+
+class Controller(Protocol):
+    """What the scheduler needs."""
+
+    counts: Counter[tuple[int, Arm]]
+    """How often each (bucket, arm) was chosen, in steps."""
+
+    def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
+        """The arm of the next step. `expected` holds the arms whose drafter can tell what it would draft."""
+
+    def threshold(self) -> float:
+        """Drafts whose chance to be reached and accepted is below this cost more than they bring."""
+
+    def observe(self, step: Step) -> None:
+        """Learn from a step."""
+
+    def state(self) -> dict[str, Any]:
+        """All that was learned, as plain values (JSON)."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+
+
+def bucket_of(batch: int) -> int:
+    """Batch sizes 1, 2, 3-4, 5-8, ... share a bucket, named by its largest."""
+    return 1 << max(batch - 1, 0).bit_length()
+
+
+def make_arms(drafters: Sequence[str], max_draft_tokens: int) -> list[Arm]:
+    """`PLAIN` and, for each drafter, k = 1, 2, 4, ... up to the limit.
+
+    Raises ConfigError for no drafter, a repeated one, or a limit below 1.
+    """
+    if not drafters or len(set(drafters)) < len(drafters):
+        raise ConfigError(f"rollout.speculation.drafters={list(drafters)} must name each drafter once, and at least one.")
+    if max_draft_tokens < 1:
+        raise ConfigError(f"rollout.speculation.max_draft_tokens={max_draft_tokens} must be 1 or more.")
+    sizes = [1 << power for power in range(max_draft_tokens.bit_length()) if 1 << power < max_draft_tokens]
+    return [PLAIN, *(Arm(name, k) for name in drafters for k in [*sizes, max_draft_tokens])]
+
+
+def make_controller(kind: str, drafters: Sequence[str], max_draft_tokens: int, seed: int = 0) -> Controller:
+    """The controller of `rollout.speculation.adaptive`: static, beg or model. Raises ConfigError, see `make_arms`."""
+    arms = make_arms(drafters, max_draft_tokens)
+    if kind == "static":
+        return StaticController(Arm(drafters[0], max_draft_tokens))
+    if kind == "beg":
+        return BegController(arms, seed=seed)
+    if kind == "model":
+        return ModelController(arms, seed=seed)
+    raise ConfigError(f"rollout.speculation.adaptive={kind!r} is not one of off, static, beg, model.")
+
+
+class StaticController:
+    """Always the same arm."""
+
+    def __init__(self, arm: Arm, threshold: float = 0.05) -> None:
+        self.counts: Counter[tuple[int, Arm]] = Counter()
+        self._arm, self._threshold = arm, threshold
+
+    def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
+        self.counts[bucket_of(batch), self._arm] += 1
+        return self._arm
+
+    def threshold(self) -> float:
+        return self._threshold
+
+    def observe(self, step: Step) -> None:
+        """Nothing to learn."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class _Holding:
+    """Keeps a bucket's arm for some steps and against small promised gains; counts the choices."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[int, Arm]] = Counter()
+        self._current: dict[int, Arm] = {}
+        self._bucket, self._held = 0, 0
+
+    def keep(self, bucket: int) -> Arm | None:
+        """The arm to stay with, or None when it is time to decide."""
+        due = bucket != self._bucket or self._held >= HOLD_STEPS or bucket not in self._current
+        if due:
+            return None
+        return self._use(bucket, self._current[bucket])
+
+    def decide(self, bucket: int, rates: Mapping[Arm, float]) -> Arm:
+        """The best arm, or the current one when that is nearly as good."""
+        best = max(rates, key=lambda arm: (rates[arm], -arm.k))
+        current = self._current.get(bucket)
+        if current in rates and rates[best] < rates[current] * SWITCH_GAIN:
+            best = current
+        return self.take(bucket, best)
+
+    def take(self, bucket: int, arm: Arm) -> Arm:
+        """Use an arm from now on."""
+        self._held = 0
+        self._current[bucket] = arm
+        return self._use(bucket, arm)
+
+    def _use(self, bucket: int, arm: Arm) -> Arm:
+        self._bucket, self._held = bucket, self._held + 1
+        self.counts[bucket, arm] += 1
+        return arm
+
+
+class BegController:
+    """Bucketed epsilon-greedy: per bucket the arm with the highest median rate, now and then another one."""
+
+    def __init__(self, arms: Sequence[Arm], epsilon: float = 0.05, window: int = WINDOW, seed: int = 0) -> None:
+        """Raises ConfigError when `arms` lacks `PLAIN`, or for epsilon outside [0, 1]."""
+        _check_arms(arms)
+        if not 0 <= epsilon <= 1:
+            raise ConfigError(f"epsilon={epsilon} must be between 0 and 1.")
+        self._arms, self._epsilon, self._window = list(arms), epsilon, window
+        self._rates: dict[tuple[int, Arm], deque[float]] = {}
+        self._holding, self._random = _Holding(), random.Random(seed)
+        self.counts = self._holding.counts
+
+    def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
+        bucket = bucket_of(batch)
+        if (kept := self._holding.keep(bucket)) is not None:
+            return kept
+        untried = [arm for arm in self._arms if (bucket, arm) not in self._rates]
+        if untried:
+            return self._holding.take(bucket, untried[0])
+        medians = {arm: median(self._rates[bucket, arm]) for arm in self._arms}
+        if self._random.random() < self._epsilon:
+            tried = self._random.choice(self._arms)
+            return self._holding.decide(bucket, medians | {tried: math.inf})
+        return self._holding.decide(bucket, medians)
+
+    def threshold(self) -> float:
+        return 0.05
+
+    def observe(self, step: Step) -> None:
+        key = bucket_of(step.batch), step.arm
+        self._rates.setdefault(key, deque(maxlen=self._window)).append(step.emitted / step.seconds)
+
+    def state(self) -> dict[str, Any]:
+        return {"rates": [[bucket, arm.drafter, arm.k, list(rates)] for (bucket, arm), rates in self._rates.items()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for bucket, drafter, k, rates in state["rates"]:
+            if (arm := Arm(drafter, k)) in self._arms:
+                self._rates[bucket, arm] = deque(rates, maxlen=self._window)
+
+
+class Acceptance:
+    """Per draft position, the chance that a draft is accepted after those before it were; old steps fade."""
+
+    FADE = 0.995
+
+    def __init__(self) -> None:
+        self._accepted: list[float] = []
+        self._tried: list[float] = []
+
+    def observe(self, tried: Sequence[int], accepted: Sequence[int]) -> None:
+        """Count one step; both sequences are per draft position."""
+        while len(self._tried) < len(tried):
+            self._accepted.append(1.0)  # one success and one failure, Beta(1, 1), before anything was seen
+            self._tried.append(2.0)
+        for place, (tries, hits) in enumerate(zip(tried, accepted, strict=True)):
+            self._accepted[place] = 1.0 + (self._accepted[place] - 1.0) * self.FADE + hits
+            self._tried[place] = 2.0 + (self._tried[place] - 2.0) * self.FADE + tries
+
+    def expected(self, k: int, draw: random.Random) -> float:
+        """Expected accepted tokens of k drafts, with the chances drawn from their posterior."""
+        total, reach = 0.0, 1.0
+        for place in range(k):
+            hits, tries = (
+                (self._accepted[place], self._tried[place]) if place < len(self._tried) else (1.0, 2.0)
+            )
+            reach *= draw.betavariate(hits, tries - hits)
+            total += reach
+        return total
+
+    def state(self) -> list[list[float]]:
+        return [self._accepted, self._tried]
+
+    def restore(self, state: list[list[float]]) -> None:
+        self._accepted, self._tried = list(state[0]), list(state[1])
+
+
+class ModelController:
+    """Predicts each arm's rate from latency(batch, rows) and the acceptance of its drafts."""
+
+    def __init__(self, arms: Sequence[Arm], seed: int = 0) -> None:
+        """Raises ConfigError when `arms` lacks `PLAIN`."""
+        _check_arms(arms)
+        self._arms = list(arms)
+        self._latency = LatencyModel()
+        self._acceptance = {arm.drafter: Acceptance() for arm in arms if arm.k}
+        self._trust = 1.0  # accepted tokens per token that drafters expected to be accepted
+        self._rate = 0.0  # tokens per second of late
+        self._holding, self._random = _Holding(), random.Random(seed)
+        self._expected: Mapping[Arm, Expectation] = {}
+        self.counts = self._holding.counts
+
+    def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
+        self._expected = expected
+        bucket = bucket_of(batch)
+        if (kept := self._holding.keep(bucket)) is not None:
+            return kept
+        rates = {}
+        for arm in self._arms:
+            drafted, accepted = self._forecast(arm, batch, expected)
+            rates[arm] = (batch + accepted) / self._latency.draw(arm.drafter, batch, drafted, self._random)
+        return self._holding.decide(bucket, rates)
+
+    def _forecast(self, arm: Arm, batch: int, expected: Mapping[Arm, Expectation]) -> Expectation:
+        if arm.k == 0:
+            return 0.0, 0.0
+        if arm in expected:
+            drafted, accepted = expected[arm]
+            return drafted, accepted * self._trust
+        return float(batch * arm.k), batch * self._acceptance[arm.drafter].expected(arm.k, self._random)
+
+    def threshold(self) -> float:
+        # Emitted tokens per second is best when a row is added exactly if it brings more than its time would otherwise.
+        return min(max(self._rate * self._latency.seconds_per_row(), 0.05), 0.5)
+
+    def observe(self, step: Step) -> None:
+        self._latency.observe(step.arm.drafter, step.batch, step.drafted, step.seconds)
+        rate = step.emitted / step.seconds
+        self._rate += (rate - self._rate) * (1 / 16 if self._rate else 1.0)
+        if step.arm.k and step.tried_at:
+            self._acceptance[step.arm.drafter].observe(step.tried_at, step.accepted_at)
+        expected = self._expected.get(step.arm)
+        if expected is not None and expected[1] >= 1:
+            share = (step.emitted - step.batch) / expected[1]
+            self._trust += (min(share, 4.0) - self._trust) / 64
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "latency": self._latency.state(),
+            "acceptance": {name: acceptance.state() for name, acceptance in self._acceptance.items()},
+            "trust": self._trust,
+            "rate": self._rate,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._latency.restore(state["latency"])
+        for name, acceptance in self._acceptance.items():
+            if name in state["acceptance"]:
+                acceptance.restore(state["acceptance"][name])
+        self._trust, self._rate = state["trust"], state["rate"]
+
+
+def _check_arms(arms: Sequence[Arm]) -> None:
+    if PLAIN not in arms:
+        raise ConfigError("the arms of adaptive speculation must include plain decoding (k = 0).")
+    if len(set(arms)) < len(arms):
+        raise ConfigError(f"an arm of adaptive speculation is given twice: {', '.join(map(str, arms))}.")

@@ -1,0 +1,155 @@
+"""What a request may ask for before its token is sampled: masks, penalties, truncation; for draft rows too.
+
+vLLM applies these to one row per request in its sampler and with other code in its rejection sampler. Here every row
+is treated alike: a row's past is the request's output and the drafts before the row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.bad_words import apply_bad_words_with_drafts
+from vllm.v1.sample.ops.penalties import apply_all_penalties
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+# Options of vLLM's SamplingParams that coupled sampling honours, beside temperature and the stop conditions.
+SUPPORTED = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "bad_words",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch: request i owns `1 + len(drafts[i])` consecutive ones."""
+
+    drafts: list[list[int]]
+    owner: Tensor  # [rows] int64: the request of each row
+
+    @classmethod
+    def of(cls, drafts: list[list[int]], device: torch.device) -> "Rows":
+        counts = torch.tensor([len(draft) + 1 for draft in drafts], device=device)
+        return cls(drafts, torch.repeat_interleave(counts))
+
+    def outputs(self, committed: list[list[int]]) -> list[list[int]]:
+        """Per row, what the request has generated before it."""
+        return [
+            [*output, *draft[:place]]
+            for output, draft in zip(committed, self.drafts, strict=True)
+            for place in range(len(draft) + 1)
+        ]
+
+
+def asks_for_constraints(metadata: SamplingMetadata) -> bool:
+    """Whether any request of the batch needs `constrain`."""
+    processors = metadata.logitsprocs.argmax_invariant + metadata.logitsprocs.non_argmax_invariant
+    return (
+        metadata.top_k is not None
+        or metadata.top_p is not None
+        or not metadata.no_penalties
+        or metadata.allowed_token_ids_mask is not None
+        or bool(metadata.bad_words_token_ids)
+        or any(map(_is_active, processors))
+    )
+
+
+def refuse_unsupported(metadata: SamplingMetadata) -> None:
+    """Raise ValueError, naming the option, for what coupled sampling lacks."""
+    processors = metadata.logitsprocs.argmax_invariant + metadata.logitsprocs.non_argmax_invariant
+    known = (MinPLogitsProcessor, MinTokensLogitsProcessor, LogitBiasLogitsProcessor)
+    holder = metadata.thinking_budget_state_holder
+    asked = {
+        f"the logits processor {type(processor).__name__}": not isinstance(processor, known) for processor in processors
+    } | {
+        "more than the sampled token's log-probability": (metadata.max_num_logprobs or 0) > 0,
+        "logprob_token_ids": bool(metadata.logprob_token_ids),
+        "a thinking budget": holder is not None and holder.has_tracked_requests(),
+    }
+    if unsupported := [name for name, present in asked.items() if present]:
+        raise ValueError(
+            f"Coupled sampling does not support {'; '.join(unsupported)}: leave it out, or send the request without a seed."
+        )
+
+
+def constrain(
+    logits: Float[Tensor, "rows vocab"], metadata: SamplingMetadata, rows: Rows
+) -> Float[Tensor, "rows vocab"]:
+    """New float32 logits, divided by the temperature where it is not 0, with excluded tokens at -inf.
+
+    The order is vLLM's: allowed ids, bad words, bias, minimum length, penalties, temperature, min-p, top-k, top-p.
+    """
+    logits = logits.to(torch.float32, copy=True)
+    owner = rows.owner
+    needs_past = bool(metadata.bad_words_token_ids) or not metadata.no_penalties
+    past = rows.outputs(metadata.output_token_ids) if needs_past else []
+    if metadata.allowed_token_ids_mask is not None:
+        logits.masked_fill_(metadata.allowed_token_ids_mask[owner], -torch.inf)
+    if metadata.bad_words_token_ids:
+        apply_bad_words_with_drafts(
+            logits, metadata.bad_words_token_ids, past, [len(draft) + 1 for draft in rows.drafts]
+        )
+    for processor in metadata.logitsprocs.non_argmax_invariant:
+        _apply_per_row(processor, logits, rows)
+    if not metadata.no_penalties:
+        assert metadata.prompt_token_ids is not None
+        penalties = (metadata.presence_penalties, metadata.frequency_penalties, metadata.repetition_penalties)
+        prompts, *repeated = (tensor[owner] for tensor in (metadata.prompt_token_ids, *penalties))
+        logits = apply_all_penalties(logits, prompts, *repeated, past)
+    if metadata.temperature is None:  # all greedy: what follows does not change the largest
+        return logits
+    temperature = metadata.temperature[owner]
+    logits.div_(torch.where(is_greedy(temperature), 1.0, temperature)[:, None])
+    for processor in metadata.logitsprocs.argmax_invariant:
+        _apply_per_row(processor, logits, rows)
+    top_k = None if metadata.top_k is None else metadata.top_k[owner]
+    top_p = None if metadata.top_p is None else metadata.top_p[owner]
+    return apply_top_k_top_p(logits, top_k, top_p)
+
+
+def is_greedy(temperature: Tensor) -> Tensor:
+    """vLLM treats temperatures below 1e-5 as greedy."""
+    return temperature < 1e-5
+
+
+def _apply_per_row(processor: Any, logits: Tensor, rows: Rows) -> None:
+    """What a vLLM processor does to one row per request, for all of a request's rows."""
+    if isinstance(processor, MinPLogitsProcessor):
+        if processor.min_p_count:
+            floor = processor.min_p[rows.owner].log()  # [rows, 1]; probabilities compare as logits do
+            logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floor, -torch.inf)
+        return
+    starts = torch.cumsum(torch.tensor([0, *(len(draft) + 1 for draft in rows.drafts)]), 0).tolist()
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        for request, biases in processor.biases.items():
+            ids = torch.tensor(list(biases), device=logits.device)
+            bias = torch.tensor(list(biases.values()), device=logits.device)
+            logits[starts[request] : starts[request + 1], ids] += bias
+    elif isinstance(processor, MinTokensLogitsProcessor):
+        for request, (minimum, output, stop_ids, _) in processor.min_toks.items():
+            short = max(min(minimum - len(output), starts[request + 1] - starts[request]), 0)
+            ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
+            logits[starts[request] : starts[request] + short, ids] = -torch.inf
+
+
+def _is_active(processor: Any) -> bool:
+    # vLLM's own processors are always loaded, and each keeps its own record of the requests that use it.
+    for record in ("min_p_count", "min_toks", "biases"):
+        if hasattr(processor, record):
+            return bool(getattr(processor, record))
+    return True

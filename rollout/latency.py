@@ -1,0 +1,112 @@
+"""Seconds of an engine step as a function of live requests and draft tokens, learned while it runs."""
+
+import math
+import random
+from collections import deque
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+_WINDOW = 24  # steps per cell: a sliding window follows longer contexts and neighbours on the same cores
+_FIT_EVERY = 16  # observations between fits
+_SURE = 6  # observations after which a cell speaks for itself
+_DOUBT = 0.06  # relative uncertainty of the fit where no cell has been seen
+_NOISE = 0.08  # relative spread of single steps
+
+Cell = tuple[str, int, int]  # drafter, bucket of the batch size, bucket of the draft tokens
+Measured = tuple[float, float, float]  # batch, draft tokens, seconds
+
+
+class LatencyModel:
+    """A linear fit, corrected by the medians of what was measured nearby.
+
+    A cell is a drafter and a narrow range of batch sizes and draft tokens. Medians make a garbage-collection pause
+    harmless; the fit is `a + b * batch + c * drafted` with everything at least 0, by least squares on the medians.
+    """
+
+    def __init__(self) -> None:
+        self._cells: dict[Cell, deque[Measured]] = {}
+        self._medians: dict[Cell, Measured] = {}
+        self._fit = np.zeros(3)
+        self._until_fit = 1
+
+    def observe(self, drafter: str, batch: int, drafted: float, seconds: float) -> None:
+        """Take in one step."""
+        cell = drafter, _bucket(batch), _bucket(drafted)
+        steps = self._cells.setdefault(cell, deque(maxlen=_WINDOW))
+        steps.append((batch, drafted, seconds))
+        self._medians[cell] = _median(steps)
+        self._until_fit -= 1
+        if self._until_fit <= 0:
+            self._refit()
+
+    def _refit(self) -> None:
+        self._until_fit = min(_FIT_EVERY, 1 + sum(map(len, self._cells.values())) // 4)
+        # The median of one or two steps may be a warm-up or a pause.
+        trusted = [cell for cell, steps in self._cells.items() if len(steps) >= 3] or list(self._cells)
+        middle = np.array([self._medians[cell] for cell in trusted])
+        sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
+        rows = np.column_stack([np.ones(len(middle)), middle[:, 0], middle[:, 1]])
+        # Relative errors count, and a cell seen seldom says little.
+        self._fit = _nonnegative_least_squares(rows, middle[:, 2], np.sqrt(sizes) / middle[:, 2])
+
+    def predict(self, drafter: str, batch: int, drafted: float) -> tuple[float, float]:
+        """Expected seconds of a step, and the relative standard error of that number."""
+        fitted = self._fitted(batch, drafted)
+        cell = drafter, _bucket(batch), _bucket(drafted)
+        if cell not in self._medians:
+            return fitted, _DOUBT
+        near_batch, near_drafted, seconds = self._medians[cell]
+        count = len(self._cells[cell])
+        share = min(count / _SURE, 1.0)
+        correction = seconds / self._fitted(near_batch, near_drafted)
+        return fitted * (share * correction + 1 - share), _NOISE / count**0.5 * share + _DOUBT * (1 - share)
+
+    def _fitted(self, batch: float, drafted: float) -> float:
+        return max(float(self._fit[0] + self._fit[1] * batch + self._fit[2] * drafted), 1e-5)
+
+    def draw(self, drafter: str, batch: int, drafted: float, generator: random.Random) -> float:
+        """A draw from the prediction's uncertainty, in seconds."""
+        seconds, error = self.predict(drafter, batch, drafted)
+        return seconds * max(1.0 + error * generator.gauss(0.0, 1.0), 0.1)
+
+    def seconds_per_row(self) -> float:
+        """What one more draft token costs, by the fit."""
+        return float(self._fit[2])
+
+    def state(self) -> list[Any]:
+        """All measurements, as plain values."""
+        return [[*cell, [list(step) for step in steps]] for cell, steps in self._cells.items()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Take over what `state` returned."""
+        for drafter, batch, drafted, steps in state:
+            cell = drafter, batch, drafted
+            self._cells[cell] = deque(((b, d, s) for b, d, s in steps), maxlen=_WINDOW)
+            self._medians[cell] = _median(self._cells[cell])
+        if self._cells:
+            self._refit()
+
+
+def _bucket(amount: float) -> int:
+    """0, 1, 2, 3-4, 5-8, ... share a bucket."""
+    return 0 if amount < 0.5 else 1 + (math.ceil(amount) - 1).bit_length()
+
+
+def _median(steps: deque[Measured]) -> Measured:
+    batch, drafted, seconds = zip(*steps, strict=True)
+    return median(batch), median(drafted), median(seconds)
+
+
+def _nonnegative_least_squares(rows: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted least squares, dropping the most negative coefficient until none is negative."""
+    active = list(range(rows.shape[1]))
+    while True:
+        solved, *_ = np.linalg.lstsq(rows[:, active] * weights[:, None], values * weights, rcond=None)
+        if (solved >= 0).all() or len(active) == 1:
+            break
+        del active[int(solved.argmin())]
+    coefficients = np.zeros(rows.shape[1])
+    coefficients[active] = np.maximum(solved, 0.0)
+    return coefficients

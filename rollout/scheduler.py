@@ -1,0 +1,179 @@
+"""vLLM's scheduler with drafts: it proposes them, chooses how many are verified, and measures what every step gave.
+
+Drafts are decided here, in the engine's one scheduling process, and travel to the workers with the schedule, so all
+tensor-parallel ranks agree. Which tokens come out does not depend on any decision made here (see `rollout.verify`).
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+
+from rollout.adaptive import PLAIN, Arm, Expectation, Step, make_controller
+from rollout.ngram import NgramDrafter
+from rollout.records import SpeculationCounts
+
+SETTINGS = "megatron_rl_speculation"  # key of vLLM's additional_config
+GROUP_KEY = "group"  # in SamplingParams.extra_args: requests of one group are samples of one prompt
+NGRAM = "ngram"
+
+
+class NoDrafts:
+    """vLLM's worker-side proposer (`method: custom_class`) for drafts that the scheduler makes."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """`vllm_config` is what vLLM passes to every proposer."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is none."""
+
+    def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """One empty draft per request."""
+        return [[]] * len(sampled_token_ids)
+
+
+@dataclass
+class _Running:
+    """The step under way."""
+
+    arm: Arm
+    started: float
+    scheduled: SchedulerOutput
+    drafts: dict[str, int]  # request id -> draft tokens
+    pure: bool  # every request decodes: no prompt is computed
+
+
+class SpeculativeScheduler(Scheduler):
+    """Adds drafts to the running requests before each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings: dict[str, Any] = self.vllm_config.additional_config[SETTINGS]
+        self.controller = make_controller(
+            settings["adaptive"], settings["drafters"], settings["max_draft_tokens"], settings["seed"]
+        )
+        self._ngram = NgramDrafter(settings["max_draft_tokens"], settings["max_bytes"])
+        self._arms = [Arm(NGRAM, k) for k in sorted({1 << p for p in range(16)} | {settings["max_draft_tokens"]})]
+        self._arms = [arm for arm in self._arms if arm.k <= settings["max_draft_tokens"]]
+        self._numbers: dict[str, int] = {}  # request id -> number in the drafter
+        self._accepted: dict[str, list[int]] = {}  # request id -> places of accepted drafts in its output
+        self._started = 0
+        self._under_way: _Running | None = None
+        self._last: tuple[_Running, int, int] | None = None  # a step whose time is not known yet: emitted, accepted
+        self.counts = SpeculationCounts()
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        self._started += 1
+        self._numbers[request.request_id] = self._started
+        self._accepted[request.request_id] = []
+        extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
+        group = str(extra.get(GROUP_KEY, request.request_id))
+        self._ngram.start(self._started, group, request.prompt_token_ids or [])
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        number = self._numbers.pop(request.request_id, None)
+        if number is not None:
+            self._ngram.finish(number)
+        return super()._free_request(request, *args, **kwargs)
+
+    def take_accepted(self, request_id: str) -> list[int]:
+        """Places in a finished request's output whose tokens were drafts; forgets them."""
+        return self._accepted.pop(request_id, [])
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        started = time.perf_counter()
+        self._measure(started)
+        arm = self._propose()
+        self.counts.draft_seconds += time.perf_counter() - started
+        scheduled = super().schedule(*args, **kwargs)
+        drafts = {name: len(tokens) for name, tokens in scheduled.scheduled_spec_decode_tokens.items()}
+        pure = not scheduled.scheduled_new_reqs and all(
+            tokens == 1 + drafts.get(name, 0) for name, tokens in scheduled.num_scheduled_tokens.items()
+        )
+        self._under_way = _Running(arm, started, scheduled, drafts, pure)
+        return scheduled
+
+    def _propose(self) -> Arm:
+        """Give each decoding request its draft; returns the arm that was chosen."""
+        ready = [request for request in self.running if not request.is_prefill_chunk]
+        if not ready:
+            return PLAIN
+        threshold = self.controller.threshold()
+        numbers = [self._numbers[request.request_id] for request in ready]
+        limits = [self._room(request) for request in ready]
+        tokens, chances, lengths = self._ngram.propose(numbers, limits, threshold)
+        arm = self.controller.choose(len(ready), _expectations(self._arms, chances))
+        if arm.k == 0:
+            return arm
+        budget = self.max_num_scheduled_tokens - len(ready)
+        for request, draft, length in zip(ready, tokens, lengths.tolist(), strict=True):
+            kept = min(length, arm.k, budget)
+            budget -= kept
+            request.spec_token_ids = draft[:kept].tolist()
+        return arm
+
+    def _room(self, request: Request) -> int:
+        """Draft tokens that could still be of use: the step emits one more than it accepts."""
+        length = min(self.max_model_len, request.num_prompt_tokens + request.max_tokens)
+        return max(length - request.num_tokens - 1, 0)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """The workers' own drafts; there are none, see `NoDrafts`."""
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> Any:
+        under_way, self._under_way = self._under_way, None
+        sampled = output.sampled_token_ids
+        emitted = accepted = 0
+        numbers, tokens = [], []
+        for name in scheduler_output.num_scheduled_tokens:
+            new = sampled[output.req_id_to_index[name]] if sampled else []
+            if not new or name not in self._numbers:
+                continue
+            numbers.append(self._numbers[name])
+            tokens.append(new)
+            emitted += len(new)
+            if len(new) > 1:
+                accepted += len(new) - 1
+                first = self.requests[name].num_output_tokens
+                self._accepted[name].extend(range(first, first + len(new) - 1))
+        self._ngram.extend(numbers, tokens)
+        if under_way is not None:
+            self._last = under_way, emitted, accepted
+        return super().update_from_output(scheduler_output, output)
+
+    def _measure(self, now: float) -> None:
+        """The last step ends where this one begins, so that all the engine does for a step is counted."""
+        if self._last is None:
+            return
+        (step, emitted, accepted), self._last = self._last, None
+        batch, drafted = len(step.scheduled.num_scheduled_tokens), sum(step.drafts.values())
+        seconds = now - step.started
+        self.counts.steps += 1
+        self.counts.drafted += drafted
+        self.counts.accepted += accepted
+        self.counts.emitted += emitted
+        self.counts.seconds += seconds
+        if step.pure and emitted:
+            self.controller.observe(Step(step.arm, batch, drafted, emitted, seconds))
+
+    def take_counts(self) -> SpeculationCounts:
+        """Totals since the last call."""
+        counts, self.counts = self.counts, SpeculationCounts()
+        counts.chosen = Counter({(bucket, str(arm)): steps for (bucket, arm), steps in self.controller.counts.items()})
+        self.controller.counts.clear()
+        return counts
+
+
+def _expectations(arms: list[Arm], chances: NDArray[np.float32]) -> dict[Arm, Expectation]:
+    """Per arm, how many tokens it would draft and how many of them would be accepted."""
+    drafted = np.cumsum((chances > 0).sum(axis=0))
+    accepted = np.cumsum(chances.sum(axis=0))
+    return {arm: (float(drafted[arm.k - 1]), float(accepted[arm.k - 1])) for arm in arms}
