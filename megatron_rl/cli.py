@@ -16,6 +16,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench_app = typer.Typer(help="Measure parts of the system.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override keys of the experiment file.")
@@ -99,6 +102,24 @@ def show_config(
     from megatron_rl.config.explain import explain as explain_key
 
     typer.echo(explain_key(arguments[0] if arguments else None))
+
+
+@bench_app.command("speculative")
+def bench_speculative(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    batches: Annotated[str, typer.Option("--batches", help="Live requests, separated by commas.")] = "1,2,4,8,16,32,64",
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Response length; default: rollout.max_tokens.")] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", help="Measured rounds per batch size.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Three batch sizes, two rounds: under a minute.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE.")] = None,
+) -> None:
+    """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
+    from megatron_rl.bench import run_speculative
+    from megatron_rl.config import load_config
+
+    settings = load_config(config, overrides or [])
+    run_speculative(settings, "1,8,64" if quick else batches, tokens, 2 if quick else repetitions, json)
 
 
 @app.command()

@@ -255,6 +255,22 @@ class RolloutEngine:
         """`rollout.scheduler.SpeculationCounts` since the last call, or None when the engine does not speculate."""
         return self._scheduler.take_counts() if self._speculates else None
 
+    def generate_timed(self, requests: list[RolloutRequest]) -> tuple[list[Rollout], float]:
+        """Generate all of them, and the wall seconds that took: for benchmarks."""
+        start = time.perf_counter()
+        self.submit(requests)
+        rollouts = self.poll(float("inf"))
+        return rollouts, time.perf_counter() - start
+
+    def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
+        """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks."""
+        self._scheduler.set_speculation(adaptive, max_draft_tokens)
+
+    def take_verify_seconds(self) -> float:
+        """Seconds spent sampling and verifying since the last call (measured with MEGATRON_RL_PROFILE=1)."""
+        seconds: float = self._llm.collective_rpc("take_verify_seconds")[0]
+        return seconds
+
     def abort_all(self) -> None:
         """Forget all requests that have not finished."""
         self._llm.abort_request(list(self._running))

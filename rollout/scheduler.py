@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from rollout.adaptive import PLAIN, Arm, Expectation, Step, make_controller
+from rollout.adaptive import PLAIN, Arm, Controller, Expectation, Step, make_arms, make_controller
 from rollout.ngram import NgramDrafter
 from rollout.records import SpeculationCounts
 
@@ -55,19 +55,26 @@ class SpeculativeScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings: dict[str, Any] = self.vllm_config.additional_config[SETTINGS]
-        self.controller = make_controller(
-            settings["adaptive"], settings["drafters"], settings["max_draft_tokens"], settings["seed"]
-        )
-        self._ngram = NgramDrafter(settings["max_draft_tokens"], settings["max_bytes"])
-        self._arms = [Arm(NGRAM, k) for k in sorted({1 << p for p in range(16)} | {settings["max_draft_tokens"]})]
-        self._arms = [arm for arm in self._arms if arm.k <= settings["max_draft_tokens"]]
+        self._controllers: dict[tuple[str, int], Controller] = {}
+        self._settings: dict[str, Any] = self.vllm_config.additional_config[SETTINGS]
+        self.set_speculation(self._settings["adaptive"], self._settings["max_draft_tokens"])
         self._numbers: dict[str, int] = {}  # request id -> number in the drafter
         self._accepted: dict[str, list[int]] = {}  # request id -> places of accepted drafts in its output
         self._started = 0
         self._under_way: _Running | None = None
         self._last: tuple[_Running, int, int] | None = None  # a step whose time is not known yet: emitted, accepted
         self.counts = SpeculationCounts()
+
+    def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
+        """Use this rule, with what it learned before, and an empty drafter. For an engine without requests."""
+        key = adaptive, max_draft_tokens
+        if key not in self._controllers:
+            self._controllers[key] = make_controller(
+                adaptive, self._settings["drafters"], max_draft_tokens, self._settings["seed"]
+            )
+        self.controller = self._controllers[key]
+        self._ngram = NgramDrafter(max_draft_tokens, self._settings["max_bytes"])
+        self._arms = [arm for arm in make_arms([NGRAM], max_draft_tokens) if arm.k]
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)

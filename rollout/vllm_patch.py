@@ -11,6 +11,8 @@ A request takes part in the first two by carrying its seed, `SamplingParams(extr
 input token.
 """
 
+import os
+import time
 from typing import Any
 
 import torch
@@ -25,11 +27,37 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rollout.constraints import Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
-from rollout.verify import raise_for_status, verify_tokens
+from rollout.verify import verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
 SEED_KEY = "seed"
+PROFILE = "MEGATRON_RL_PROFILE"
 DRAFT_NOISE = "_megatron_rl_draft_noise"  # attribute of a proposer
+
+
+class VerifyClock:
+    """Seconds spent in verification, when `MEGATRON_RL_PROFILE=1` asks for it: knowing them makes a GPU wait."""
+
+    def __init__(self) -> None:
+        self.enabled = os.environ.get(PROFILE) == "1"
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def _now(self) -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self._start = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        if self.enabled:
+            self.seconds += self._now() - self._start
+
+
+verify_clock = VerifyClock()
 
 
 def install_coupled_sampling(vocab_limit: int | None) -> None:
@@ -148,11 +176,10 @@ def _coupled(
         split = draft_ids.cpu().split(counts) if len(draft_ids) else [draft_ids] * requests
         logits = constrain(logits, metadata, Rows.of([part.tolist() for part in split], logits.device))
         drawn_at = torch.where(temperature == 0, 0.0, 1.0)  # the logits are already divided by it
-    tokens, emitted, logprobs = verify_tokens(
-        logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
-    )
-    if not logits.is_cuda:
-        raise_for_status(emitted)
+    with verify_clock:
+        tokens, emitted, logprobs = verify_tokens(
+            logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
+        )
     _set_draft_noise(runner, DraftNoise(seeds, temperature, positions + emitted))
     return SamplerOutput(tokens, _logprobs_tensors(tokens, logprobs))
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from rollout.checksum import PartialChecksums, partial_checksum
+from rollout.vllm_patch import verify_clock
 
 # (HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part)
 Part = tuple[str, tuple[slice, ...], tuple[int, ...], Tensor]
@@ -33,6 +34,12 @@ class WorkerExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`); its methods are called through `collective_rpc`."""
 
     model_runner: Any
+
+    def take_verify_seconds(self) -> float:
+        """Seconds that this worker spent sampling and verifying since the last call."""
+        seconds = verify_clock.seconds
+        verify_clock.seconds = 0.0
+        return seconds
 
     @torch.inference_mode()
     def weight_checksums(self) -> PartialChecksums:
