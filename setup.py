@@ -1,6 +1,129 @@
-"""Packages, entry points and, from the next release on, the native extension."""
+"""Packages, entry points and the native extension: C++ always, CUDA where nvcc is found.
 
-from setuptools import find_packages, setup
+The extension is two libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so`, which
+`rollout/verify.py` loads. They use torch's stable ABI. The compilers are called directly, because torch's own build
+helper compiles all files of a library with the same flags, and no CUDA beside a CPU build of torch.
+
+Environment: `CXX` and `NVCC` name the compilers, `MEGATRON_RL_CUDA=0` leaves CUDA out.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CXX = os.environ.get("CXX", "g++")
+# Products and sums must not be fused: CPU and CUDA have to compute the same bits.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+NVCC_FLAGS += ["-gencode=arch=compute_100,code=compute_100"]  # for newer GPUs, compiled when first used
+SIMD_FLAGS = {
+    "csrc/scan_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "csrc/scan_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/problems.cpp", "csrc/verify_cpu.cpp", "csrc/scan_portable.cpp"]
+if platform.machine() == "x86_64":
+    CPU_SOURCES += SIMD_FLAGS
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def find_nvcc() -> str | None:
+    """nvcc by `NVCC`, `CUDA_HOME` or the search path; None where CUDA is switched off or not installed."""
+    if os.environ.get("MEGATRON_RL_CUDA") == "0":
+        return None
+    if named := os.environ.get("NVCC"):
+        return named
+    if (home := os.environ.get("CUDA_HOME")) and (Path(home) / "bin" / "nvcc").is_file():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def torch_folder() -> Path:
+    """Where torch is installed; its headers and libraries are needed to build."""
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"megatron-rl's native extension needs torch to build, and it does not load ({error}). "
+            "Install torch first, then: pip install --no-build-isolation -e ."
+        ) from error
+    return Path(torch.__file__).parent
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its own messages are the explanation when it fails."""
+    print(" ".join(command), flush=True)
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{command[0]} was not found: a C++ compiler is needed to build csrc (or set CXX).") from None
+    except subprocess.CalledProcessError:
+        hint = "; MEGATRON_RL_CUDA=0 builds without CUDA" if "nvcc" in Path(command[0]).name else ""
+        raise SystemExit(f"Compiling csrc failed{hint}. The compiler's own messages are above.") from None
+
+
+class BuildNative(build_ext):
+    """Compiles the sources of all libraries side by side, each with its own flags, then links them.
+
+    Objects stay in build/native, also when pip builds, so that only what has changed is compiled again.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Plain names: the libraries hold torch operators and are no Python modules."""
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extensions(self) -> None:
+        """Called by setuptools, after `--inplace` and the like have been read."""
+        torch = torch_folder()
+        inputs = ["setup.py", str(torch / "version.py"), *HEADERS]
+        includes = ["-isystem", str(torch / "include"), "-Icsrc"]
+        objects = {source: self._object(source) for extension in self.extensions for source in extension.sources}
+        commands = [
+            [*self._compiler(source), *includes, "-c", source, "-o", str(target)]
+            for source, target in objects.items()
+            if not self._is_fresh(target, [source, *inputs])
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(run, commands))
+        for extension in self.extensions:
+            target = self.get_ext_fullpath(extension.name)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            linker = [find_nvcc() or "nvcc"] if extension.name.endswith("_cuda") else [CXX]
+            parts = [str(objects[source]) for source in extension.sources]
+            run([*linker, "-shared", *parts, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", target])
+
+    @staticmethod
+    def _object(source: str) -> Path:
+        target = Path("build/native") / (source + ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    @staticmethod
+    def _compiler(source: str) -> list[str]:
+        if source.endswith(".cu"):
+            return [find_nvcc() or "nvcc", *NVCC_FLAGS]
+        return [CXX, *CXX_FLAGS, *SIMD_FLAGS.get(source, [])]
+
+    def _is_fresh(self, target: Path, inputs: list[str]) -> bool:
+        if self.force or not target.exists():
+            return False
+        return all(target.stat().st_mtime > os.stat(file).st_mtime for file in inputs)
+
+
+def extensions() -> list[Extension]:
+    """The CPU library, and the CUDA library where it can be built."""
+    found = [Extension("rollout._verify", CPU_SOURCES)]
+    if find_nvcc() and Path("csrc/verify_cuda.cu").is_file():
+        found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"]))
+    return found
+
 
 setup(
     name="megatron-rl",
@@ -35,4 +158,6 @@ setup(
         "console_scripts": ["megatron-rl=megatron_rl.cli:main"],
         "vllm.general_plugins": ["megatron_rl=rollout.plugin:register"],
     },
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
 )

@@ -2,7 +2,8 @@
 
 `argmax_v(logits[v] / T + g(seed, position, v))` with Gumbel noise g is an exact sample of `softmax(logits / T)` (the
 Gumbel-max trick). The noise is counter-based: a 32-bit murmur3 hash of (seed, position, token id), the stream of vLLM's
-V2 sampler, so nothing but the seed has to be remembered to draw it again. This is the readable PyTorch form.
+V2 sampler, so nothing but the seed has to be remembered to draw it again. This is the readable PyTorch form;
+csrc/noise.h is the native operator's. Both add the noise in float64, where scores come too rarely close to be confused.
 """
 
 from functools import lru_cache
@@ -12,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # A row of a large vocabulary is processed alone, many rows of a small one together: temporaries stay near 4 MiB each.
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 19
+GREEDY_BELOW = 1e-5  # vLLM's limit: temperatures below it mean greedy
 
 # The constants of MurmurHash3_x86_32 (public domain, A. Appleby), as signed 32-bit numbers.
 _C1 = 0xCC9E2D51 - (1 << 32)
@@ -21,6 +23,8 @@ _ADD = 0xE6546B64 - (1 << 32)
 _FINAL_1 = 0x85EBCA6B - (1 << 32)
 _FINAL_2 = 0xC2B2AE35 - (1 << 32)
 _HASHED_BYTES = 16  # seed (8), position (4), token id (4)
+# Stands in the token's place behind the lenient rule's uniform: no vocabulary has it, so the streams are independent.
+_ACCEPTANCE_BLOCK = -1
 
 
 def _rotate_left(x: Tensor, bits: int) -> Tensor:
@@ -50,6 +54,27 @@ def _scrambled_token_ids(vocab_size: int, device: torch.device) -> Int[Tensor, "
     return _scramble(torch.arange(vocab_size, dtype=torch.int32, device=device))
 
 
+def _row_states(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The hash's state after the seed and the position."""
+    state = torch.zeros_like(seeds, dtype=torch.int32)
+    for block in (_low_32_bits(seeds), _low_32_bits(seeds >> 32), _low_32_bits(positions)):
+        state = _absorb(state, _scramble(block))
+    return state
+
+
+def _finish(state: Tensor, scrambled_ids: Tensor) -> Tensor:
+    h = _absorb(state, scrambled_ids)
+    h.bitwise_xor_(_HASHED_BYTES)
+    _xor_shift_(h, 16).mul_(_FINAL_1)
+    _xor_shift_(h, 13).mul_(_FINAL_2)
+    return _xor_shift_(h, 16)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """u = (hash + 0.5) / 2**32 in float64, exactly; never 0 or 1."""
+    return (bits.long() & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+
+
 def noise_bits(
     seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"], vocab_size: int
 ) -> Int[Tensor, "rows vocab"]:
@@ -57,29 +82,29 @@ def noise_bits(
 
     `seeds` and `positions` are int64 (of positions only the low 32 bits count). Returns int32 holding the 32 hash bits.
     """
-    state = torch.zeros_like(seeds, dtype=torch.int32)
-    for block in (_low_32_bits(seeds), _low_32_bits(seeds >> 32), _low_32_bits(positions)):
-        state = _absorb(state, _scramble(block))
-    h = _absorb(state[:, None], _scrambled_token_ids(vocab_size, seeds.device)[None, :])
-    h.bitwise_xor_(_HASHED_BYTES)
-    _xor_shift_(h, 16).mul_(_FINAL_1)
-    _xor_shift_(h, 13).mul_(_FINAL_2)
-    return _xor_shift_(h, 16)
+    return _finish(_row_states(seeds, positions)[:, None], _scrambled_token_ids(vocab_size, seeds.device)[None, :])
 
 
 def gumbel_noise(
     seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"], vocab_size: int
 ) -> Float[Tensor, "rows vocab"]:
-    """float32 Gumbel(0, 1) noise `-log(-log(1 - u))`, `u = (hash + 0.5) / 2**32`.
+    """float64 Gumbel(0, 1) noise `-log(-log(1 - u))`, `u = (hash + 0.5) / 2**32`.
 
-    The large values, which decide the argmax, come from u near 0, where float32 is finest.
+    `1 - u` is exact in float64, and the large values, which decide the argmax, come from u near 0.
     """
-    bits = noise_bits(seeds, positions, vocab_size)
-    # Both 16-bit halves convert to float32 exactly, so their sum is the correctly rounded u.
-    u = ((bits >> 16) & 0xFFFF).to(torch.float32).mul_(2.0**-16)
-    u.add_((bits & 0xFFFF).to(torch.float32).add_(0.5).mul_(2.0**-32))
-    u.clamp_(max=1.0 - 2.0**-24)  # u may round to 1, whose noise would be -inf
-    return u.neg_().log1p_().neg_().log_().neg_()
+    u = _uniform(noise_bits(seeds, positions, vocab_size))
+    return u.neg_().add_(1.0).log_().neg_().log_().neg_()
+
+
+def acceptance_uniforms(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """float64 uniforms in (0, 1) for the lenient rule, independent of the Gumbel noise of that seed and position."""
+    block = torch.full_like(seeds, _ACCEPTANCE_BLOCK, dtype=torch.int32)
+    return _uniform(_finish(_row_states(seeds, positions), _scramble(block)))
+
+
+def scale(logits: Float[Tensor, "rows vocab"], temperature: Float[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+    """float32 logits times 1/T, or as they are where greedy."""
+    return logits.float() * torch.where(temperature < GREEDY_BELOW, 1.0, temperature.reciprocal())[:, None]
 
 
 def coupled_sample(
@@ -92,8 +117,8 @@ def coupled_sample(
     """Sample one token per row, with the noise of its seed and position.
 
     `logits` may be of any float dtype, with excluded tokens at -inf; `seeds` and `positions` are int64; `positions` are
-    those of the rows' input tokens; a `temperature` (float32) of 0 means greedy. Returns token ids (int64) and
-    their log-probabilities (float32) under `softmax(logits / T)`, or `softmax(logits)` where greedy.
+    those of the rows' input tokens; a `temperature` (float32) below 1e-5 means greedy. Returns token ids (int64, the
+    lowest on ties) and their log-probabilities (float32) under `softmax(logits / T)`, or `softmax(logits)` if greedy.
     """
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -101,10 +126,9 @@ def coupled_sample(
     rows_at_once = max(1, chunk_elements // vocab_size)
     for start in range(0, rows, rows_at_once):
         chunk = slice(start, start + rows_at_once)
-        greedy = (temperature[chunk] == 0)[:, None]
-        scaled = logits[chunk].float() / torch.where(greedy, 1.0, temperature[chunk, None])
-        noise = gumbel_noise(seeds[chunk], positions[chunk], vocab_size)
-        chosen = (scaled + noise.masked_fill_(greedy, 0.0)).argmax(dim=-1)
-        tokens[chunk] = chosen
-        logprobs[chunk] = scaled.gather(1, chosen[:, None])[:, 0] - scaled.logsumexp(dim=-1)
+        scaled = scale(logits[chunk], temperature[chunk]).double()
+        scores = gumbel_noise(seeds[chunk], positions[chunk], vocab_size)
+        scores.masked_fill_((temperature[chunk] < GREEDY_BELOW)[:, None], 0.0).add_(scaled)
+        tokens[chunk] = scores.argmax(dim=-1)
+        logprobs[chunk] = scaled.gather(1, tokens[chunk, None])[:, 0] - scaled.logsumexp(dim=-1)
     return tokens, logprobs

@@ -1,0 +1,17 @@
+// The verifier on the CPU, without torch.
+
+#pragma once
+
+#include <functional>
+
+#include "rule.h"
+
+// The threads that share the work: `run(body)` calls body() `count` times, on as many threads as there are.
+struct Workers {
+  int count;
+  std::function<void(const std::function<void()>& body)> run;
+};
+
+// Fills tokens, num_emitted and logprobs. Problems in the data end up in num_emitted (see rule.h). Throws
+// std::invalid_argument when MEGATRON_RL_CPU_CAPABILITY names an instruction set that does not exist or is not here.
+void verify_cpu(const VerifyArguments& arguments, const Workers& workers);
