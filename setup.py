@@ -1,7 +1,7 @@
 """Packages, entry points and the native extension: C++ always, CUDA where nvcc is found.
 
 The extension is two libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so`, which
-`rollout/verify.py` loads. They use torch's stable ABI. The compilers are called directly, because torch's own build
+`rollout/verify.py` loads, and `rollout/_ngram.so`, plain C for `rollout/ngram.py`. The operators use torch's stable ABI. The compilers are called directly, because torch's own build
 helper compiles all files of a library with the same flags, and no CUDA beside a CPU build of torch.
 
 Environment: `CXX` and `NVCC` name the compilers, `MEGATRON_RL_CUDA=0` leaves CUDA out.
@@ -97,7 +97,8 @@ class BuildNative(build_ext):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             linker = [find_nvcc() or "nvcc"] if extension.name.endswith("_cuda") else [CXX]
             parts = [str(objects[source]) for source in extension.sources]
-            run([*linker, "-shared", *parts, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", target])
+            libraries = [f"-l{name}" for name in extension.libraries]
+            run([*linker, "-shared", *parts, f"-L{torch / 'lib'}", *libraries, "-o", target])
 
     @staticmethod
     def _object(source: str) -> Path:
@@ -119,9 +120,12 @@ class BuildNative(build_ext):
 
 def extensions() -> list[Extension]:
     """The CPU library, and the CUDA library where it can be built."""
-    found = [Extension("rollout._verify", CPU_SOURCES)]
+    found = [
+        Extension("rollout._verify", CPU_SOURCES, libraries=["torch_cpu"]),
+        Extension("rollout._ngram", ["csrc/ngram.cpp"]),
+    ]
     if find_nvcc() and Path("csrc/verify_cuda.cu").is_file():
-        found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"]))
+        found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"], libraries=["torch_cpu"]))
     return found
 
 

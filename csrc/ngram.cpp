@@ -284,18 +284,18 @@ class Index {
 
 }  // namespace
 
-extern "C" {
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
-void* ngram_create(int64_t max_bytes) { return new Index(max_bytes); }
+EXPORT void* ngram_create(int64_t max_bytes) { return new Index(max_bytes); }
 
-void ngram_destroy(void* index) { delete static_cast<Index*>(index); }
+EXPORT void ngram_destroy(void* index) { delete static_cast<Index*>(index); }
 
-void ngram_start(void* index, int64_t id, int64_t group, const int32_t* prompt, int64_t length) {
+EXPORT void ngram_start(void* index, int64_t id, int64_t group, const int32_t* prompt, int64_t length) {
   static_cast<Index*>(index)->start(id, group, prompt, length);
 }
 
 // tokens of sequence ids[i]: tokens[ends[i - 1] .. ends[i]]
-void ngram_append(void* index, int64_t count, const int64_t* ids, const int32_t* tokens, const int64_t* ends) {
+EXPORT void ngram_append(void* index, int64_t count, const int64_t* ids, const int32_t* tokens, const int64_t* ends) {
   int64_t begin = 0;
   for (int64_t i = 0; i < count; i++) {
     static_cast<Index*>(index)->append(ids[i], tokens + begin, ends[i] - begin);
@@ -303,17 +303,27 @@ void ngram_append(void* index, int64_t count, const int64_t* ids, const int32_t*
   }
 }
 
-// Drafts for ids[i] of at most limits[i] <= width tokens: tokens and probabilities are [count, width], lengths [count].
-void ngram_propose(void* index, int64_t count, const int64_t* ids, const int32_t* limits, int64_t width, float threshold,
-                    int32_t* tokens, float* probabilities, int32_t* lengths) {
+// Drafts for ids[i] of at most limits[i] <= width tokens: tokens and chances are [count, width], lengths [count].
+// drafted[k] and accepted[k], [width + 1] each: draft tokens, and how many of them will be right, with at most k each.
+EXPORT void ngram_propose(void* index, int64_t count, const int64_t* ids, const int32_t* limits, int64_t width,
+                          float threshold, int32_t* tokens, float* chances, int32_t* lengths, double* drafted,
+                          double* accepted) {
+  std::fill(drafted, drafted + width + 1, 0.0);
+  std::fill(accepted, accepted + width + 1, 0.0);
   for (int64_t i = 0; i < count; i++) {
-    lengths[i] = static_cast<Index*>(index)->propose(ids[i], limits[i], threshold, tokens + i * width,
-                                                     probabilities + i * width);
+    float* mine = chances + i * width;
+    lengths[i] = static_cast<Index*>(index)->propose(ids[i], limits[i], threshold, tokens + i * width, mine);
+    for (int place = 0; place < lengths[i]; place++) {
+      drafted[place + 1] += 1.0;
+      accepted[place + 1] += mine[place];
+    }
+  }
+  for (int64_t k = 1; k <= width; k++) {
+    drafted[k] += drafted[k - 1];
+    accepted[k] += accepted[k - 1];
   }
 }
 
-void ngram_finish(void* index, int64_t id) { static_cast<Index*>(index)->finish(id); }
+EXPORT void ngram_finish(void* index, int64_t id) { static_cast<Index*>(index)->finish(id); }
 
-int64_t ngram_bytes(void* index) { return static_cast<int64_t>(static_cast<Index*>(index)->bytes()); }
-
-}  // extern "C"
+EXPORT int64_t ngram_bytes(void* index) { return static_cast<int64_t>(static_cast<Index*>(index)->bytes()); }

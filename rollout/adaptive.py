@@ -70,7 +70,7 @@ class Controller(Protocol):
     def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
         """The arm of the next step. `expected` holds the arms whose drafter can tell what it would draft."""
 
-    def threshold(self) -> float:
+    def threshold(self, batch: int) -> float:
         """Drafts whose chance to be reached and accepted is below this cost more than they bring."""
 
     def observe(self, step: Step) -> None:
@@ -124,7 +124,7 @@ class StaticController:
         self.counts[bucket_of(batch), self._arm] += 1
         return self._arm
 
-    def threshold(self) -> float:
+    def threshold(self, batch: int) -> float:
         return self._threshold
 
     def observe(self, step: Step) -> None:
@@ -198,7 +198,7 @@ class BegController:
             return self._holding.decide(bucket, medians | {tried: math.inf})
         return self._holding.decide(bucket, medians)
 
-    def threshold(self) -> float:
+    def threshold(self, batch: int) -> float:
         return 0.05
 
     def observe(self, step: Step) -> None:
@@ -251,30 +251,40 @@ class Acceptance:
 
 
 class ModelController:
-    """Predicts each arm's rate from latency(batch, rows) and the acceptance of its drafts."""
+    """Predicts each arm's rate from latency(batch, draft tokens) and the acceptance of its drafts."""
 
     def __init__(self, arms: Sequence[Arm], seed: int = 0) -> None:
         """Raises ConfigError when `arms` lacks `PLAIN`."""
         _check_arms(arms)
-        self._arms = list(arms)
+        self._arms = sorted(arms, key=lambda arm: arm.k)
         self._latency = LatencyModel()
         self._acceptance = {arm.drafter: Acceptance() for arm in arms if arm.k}
         self._trust = 1.0  # accepted tokens per token that drafters expected to be accepted
-        self._rate = 0.0  # tokens per second of late
-        self._holding, self._random = _Holding(), random.Random(seed)
+        self._current: dict[int, Arm] = {}
+        self._random = random.Random(seed)
         self._expected: Mapping[Arm, Expectation] = {}
-        self.counts = self._holding.counts
+        self.counts: Counter[tuple[int, Arm]] = Counter()
 
     def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
         self._expected = expected
         bucket = bucket_of(batch)
-        if (kept := self._holding.keep(bucket)) is not None:
-            return kept
-        rates = {}
+        rates: dict[Arm, float] = {}
+        forecasts: dict[tuple[str, float], float] = {}
         for arm in self._arms:
             drafted, accepted = self._forecast(arm, batch, expected)
-            rates[arm] = (batch + accepted) / self._latency.draw(arm.drafter, batch, drafted, self._random)
-        return self._holding.decide(bucket, rates)
+            if (arm.drafter, drafted) in forecasts:  # a longer limit that no draft reaches
+                rates[arm] = forecasts[arm.drafter, drafted]
+                continue
+            drafter = arm.drafter if drafted else PLAIN.drafter
+            rates[arm] = (batch + accepted) / self._latency.draw(drafter, batch, drafted, self._random)
+            forecasts[arm.drafter, drafted] = rates[arm]
+        best = max(rates, key=rates.__getitem__)
+        current = self._current.get(bucket, PLAIN)
+        if rates[best] < rates[current] * SWITCH_GAIN:
+            best = current
+        self._current[bucket] = best
+        self.counts[bucket, best] += 1
+        return best
 
     def _forecast(self, arm: Arm, batch: int, expected: Mapping[Arm, Expectation]) -> Expectation:
         if arm.k == 0:
@@ -284,14 +294,14 @@ class ModelController:
             return drafted, accepted * self._trust
         return float(batch * arm.k), batch * self._acceptance[arm.drafter].expected(arm.k, self._random)
 
-    def threshold(self) -> float:
-        # Emitted tokens per second is best when a row is added exactly if it brings more than its time would otherwise.
-        return min(max(self._rate * self._latency.seconds_per_row(), 0.05), 0.5)
+    def threshold(self, batch: int) -> float:
+        # The rate is best when a row is added exactly if it brings more tokens than its time brings otherwise.
+        plain_seconds, _ = self._latency.predict(PLAIN.drafter, batch, 0)
+        return min(max(self._latency.seconds_per_row() * batch / plain_seconds, 0.05), 0.8)
 
     def observe(self, step: Step) -> None:
-        self._latency.observe(step.arm.drafter, step.batch, step.drafted, step.seconds)
-        rate = step.emitted / step.seconds
-        self._rate += (rate - self._rate) * (1 / 16 if self._rate else 1.0)
+        drafter = step.arm.drafter if step.drafted else PLAIN.drafter
+        self._latency.observe(drafter, step.batch, step.drafted, step.seconds)
         if step.arm.k and step.tried_at:
             self._acceptance[step.arm.drafter].observe(step.tried_at, step.accepted_at)
         expected = self._expected.get(step.arm)
@@ -304,7 +314,6 @@ class ModelController:
             "latency": self._latency.state(),
             "acceptance": {name: acceptance.state() for name, acceptance in self._acceptance.items()},
             "trust": self._trust,
-            "rate": self._rate,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -312,7 +321,7 @@ class ModelController:
         for name, acceptance in self._acceptance.items():
             if name in state["acceptance"]:
                 acceptance.restore(state["acceptance"][name])
-        self._trust, self._rate = state["trust"], state["rate"]
+        self._trust = state["trust"]
 
 
 def _check_arms(arms: Sequence[Arm]) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 _WINDOW = 24  # steps per cell: a sliding window follows longer contexts and neighbours on the same cores
-_FIT_EVERY = 16  # observations between fits
+_FIT_EVERY = 64  # observations between fits
 _SURE = 6  # observations after which a cell speaks for itself
-_DOUBT = 0.06  # relative uncertainty of the fit where no cell has been seen
-_NOISE = 0.08  # relative spread of single steps
+_DOUBT = 0.05  # relative uncertainty of the fit where no cell has been seen
+_NOISE = 0.05  # relative spread of single steps
+_STALE = 400  # steps after which a cell that was not visited counts for half
+_REDRAW = 8  # steps for which a draw of the uncertainties holds
 
 Cell = tuple[str, int, int]  # drafter, bucket of the batch size, bucket of the draft tokens
 Measured = tuple[float, float, float]  # batch, draft tokens, seconds
@@ -28,7 +30,10 @@ class LatencyModel:
     def __init__(self) -> None:
         self._cells: dict[Cell, deque[Measured]] = {}
         self._medians: dict[Cell, Measured] = {}
-        self._fit = np.zeros(3)
+        self._seen: dict[Cell, int] = {}  # when a cell was last visited, in observations
+        self._observations = 0
+        self._draws: dict[Cell, float] = {}
+        self._fit = (0.0, 0.0, 0.0)
         self._until_fit = 1
 
     def observe(self, drafter: str, batch: int, drafted: float, seconds: float) -> None:
@@ -36,7 +41,11 @@ class LatencyModel:
         cell = drafter, _bucket(batch), _bucket(drafted)
         steps = self._cells.setdefault(cell, deque(maxlen=_WINDOW))
         steps.append((batch, drafted, seconds))
-        self._medians[cell] = _median(steps)
+        self._medians.pop(cell, None)  # taken again when it is asked for
+        self._observations += 1
+        self._seen[cell] = self._observations
+        if self._observations % _REDRAW == 0:
+            self._draws.clear()
         self._until_fit -= 1
         if self._until_fit <= 0:
             self._refit()
@@ -45,35 +54,46 @@ class LatencyModel:
         self._until_fit = min(_FIT_EVERY, 1 + sum(map(len, self._cells.values())) // 4)
         # The median of one or two steps may be a warm-up or a pause.
         trusted = [cell for cell, steps in self._cells.items() if len(steps) >= 3] or list(self._cells)
-        middle = np.array([self._medians[cell] for cell in trusted])
+        middle = np.array([self._median(cell) for cell in trusted])
         sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
         rows = np.column_stack([np.ones(len(middle)), middle[:, 0], middle[:, 1]])
         # Relative errors count, and a cell seen seldom says little.
-        self._fit = _nonnegative_least_squares(rows, middle[:, 2], np.sqrt(sizes) / middle[:, 2])
+        a, b, c = _nonnegative_least_squares(rows, middle[:, 2], np.sqrt(sizes) / middle[:, 2]).tolist()
+        self._fit = a, b, c
 
     def predict(self, drafter: str, batch: int, drafted: float) -> tuple[float, float]:
         """Expected seconds of a step, and the relative standard error of that number."""
         fitted = self._fitted(batch, drafted)
         cell = drafter, _bucket(batch), _bucket(drafted)
-        if cell not in self._medians:
+        if cell not in self._cells:
             return fitted, _DOUBT
-        near_batch, near_drafted, seconds = self._medians[cell]
-        count = len(self._cells[cell])
+        near_batch, near_drafted, seconds = self._median(cell)
+        count = len(self._cells[cell]) * 0.5 ** ((self._observations - self._seen[cell]) / _STALE)
         share = min(count / _SURE, 1.0)
         correction = seconds / self._fitted(near_batch, near_drafted)
-        return fitted * (share * correction + 1 - share), _NOISE / count**0.5 * share + _DOUBT * (1 - share)
+        return fitted * (share * correction + 1 - share), max(_NOISE / max(count, 1.0) ** 0.5, _DOUBT * (1 - share))
+
+    def _median(self, cell: Cell) -> Measured:
+        if cell not in self._medians:
+            batch, drafted, seconds = zip(*self._cells[cell], strict=True)
+            self._medians[cell] = median(batch), median(drafted), median(seconds)
+        return self._medians[cell]
 
     def _fitted(self, batch: float, drafted: float) -> float:
-        return max(float(self._fit[0] + self._fit[1] * batch + self._fit[2] * drafted), 1e-5)
+        a, b, c = self._fit
+        return max(a + b * batch + c * drafted, 1e-5)
 
     def draw(self, drafter: str, batch: int, drafted: float, generator: random.Random) -> float:
-        """A draw from the prediction's uncertainty, in seconds."""
+        """A draw from the prediction's uncertainty, in seconds; the same for a while, so that choices are steady."""
         seconds, error = self.predict(drafter, batch, drafted)
-        return seconds * max(1.0 + error * generator.gauss(0.0, 1.0), 0.1)
+        cell = drafter, _bucket(batch), _bucket(drafted)
+        if cell not in self._draws:
+            self._draws[cell] = generator.gauss(0.0, 1.0)
+        return seconds * max(1.0 + error * self._draws[cell], 0.1)
 
     def seconds_per_row(self) -> float:
         """What one more draft token costs, by the fit."""
-        return float(self._fit[2])
+        return self._fit[2]
 
     def state(self) -> list[Any]:
         """All measurements, as plain values."""
@@ -84,7 +104,7 @@ class LatencyModel:
         for drafter, batch, drafted, steps in state:
             cell = drafter, batch, drafted
             self._cells[cell] = deque(((b, d, s) for b, d, s in steps), maxlen=_WINDOW)
-            self._medians[cell] = _median(self._cells[cell])
+            self._seen[cell] = 0
         if self._cells:
             self._refit()
 
@@ -92,11 +112,6 @@ class LatencyModel:
 def _bucket(amount: float) -> int:
     """0, 1, 2, 3-4, 5-8, ... share a bucket."""
     return 0 if amount < 0.5 else 1 + (math.ceil(amount) - 1).bit_length()
-
-
-def _median(steps: deque[Measured]) -> Measured:
-    batch, drafted, seconds = zip(*steps, strict=True)
-    return median(batch), median(drafted), median(seconds)
 
 
 def _nonnegative_least_squares(rows: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

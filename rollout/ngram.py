@@ -8,6 +8,7 @@ calibrated chances, which is what decides whether a draft is worth its row.)
 import ctypes
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,36 @@ def _load() -> ctypes.CDLL:
         "destroy": [pointer],
         "start": [pointer, number, number, pointer, number],
         "append": [pointer, number, pointer, pointer, pointer],
-        "propose": [pointer, number, pointer, pointer, number, ctypes.c_float, pointer, pointer, pointer],
+        "propose": [pointer, number, pointer, pointer, number, ctypes.c_float, *[pointer] * 5],
         "finish": [pointer, number],
         "bytes": [pointer],
     }.items():
         getattr(library, f"ngram_{name}").argtypes = arguments
     return library
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The drafts of some requests; rows past their number hold nothing of meaning."""
+
+    tokens: NDArray[np.int32]  # [requests, max_draft_tokens]
+    chances: NDArray[np.float32]  # the same shape: that this token and all before it are right
+    lengths: NDArray[np.int32]  # [requests]
+    drafted: NDArray[np.float64]  # [max_draft_tokens + 1]: draft tokens with at most k per request, all requests
+    accepted: NDArray[np.float64]  # [max_draft_tokens + 1]: how many of those will be right
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def empty(cls, requests: int, width: int) -> "Drafts":
+        """Room for so many requests."""
+        arrays = (
+            np.zeros((requests, width), dtype=np.int32),
+            np.zeros((requests, width), dtype=np.float32),
+            np.zeros(requests, dtype=np.int32),
+            np.zeros(width + 1),
+            np.zeros(width + 1),
+        )
+        return cls(*arrays, tuple(array.ctypes.data for array in arrays))
 
 
 class NgramDrafter:
@@ -50,6 +75,7 @@ class NgramDrafter:
         self._native = _load()
         self._index = ctypes.c_void_p(self._native.ngram_create(max_bytes))
         self._width = max_draft_tokens
+        self._buffers = Drafts.empty(64, max_draft_tokens)
 
     def __del__(self) -> None:
         if hasattr(self, "_index"):
@@ -67,32 +93,22 @@ class NgramDrafter:
         flat = np.array([token for part in tokens for token in part], dtype=np.int32)
         self._native.ngram_append(self._index, len(ids), ids.ctypes.data, flat.ctypes.data, ends.ctypes.data)
 
-    def propose(
-        self, requests: Sequence[int], limits: Sequence[int], threshold: float
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
+    def propose(self, requests: Sequence[int], limits: Sequence[int], threshold: float) -> "Drafts":
         """Drafts of at most `limits[i]` tokens for each request.
 
-        Returns token ids [requests, max_draft_tokens], the chance that a draft token and all before it are right (at
-        least `threshold`, of the same shape, 0 past the end), and the lengths [requests].
+        A draft ends before the chance that all of it is right falls below `threshold`. What is returned is valid until
+        the next call.
         """
-        count = len(requests)
-        ids = np.asarray(requests, dtype=np.int64)
-        most = np.minimum(np.asarray(limits, dtype=np.int32), self._width)
-        tokens = np.zeros((count, self._width), dtype=np.int32)
-        chances = np.zeros((count, self._width), dtype=np.float32)
-        lengths = np.zeros(count, dtype=np.int32)
+        count, width = len(requests), self._width
+        if count > len(self._buffers.lengths):
+            self._buffers = Drafts.empty(count, width)
+        out = self._buffers
+        ids = np.array(requests, dtype=np.int64)
+        most = np.array([min(limit, width) for limit in limits], dtype=np.int32)
         self._native.ngram_propose(
-            self._index,
-            count,
-            ids.ctypes.data,
-            most.ctypes.data,
-            self._width,
-            threshold,
-            tokens.ctypes.data,
-            chances.ctypes.data,
-            lengths.ctypes.data,
+            self._index, count, ids.ctypes.data, most.ctypes.data, width, threshold, *out.addresses
         )
-        return tokens, chances, lengths
+        return out
 
     def finish(self, request: int) -> None:
         """The request has ended; what it generated stays a source of drafts."""

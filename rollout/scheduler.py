@@ -9,14 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from rollout.adaptive import PLAIN, Arm, Controller, Expectation, Step, make_arms, make_controller
+from rollout.adaptive import PLAIN, Arm, Controller, Step, make_arms, make_controller
 from rollout.ngram import NgramDrafter
 from rollout.records import SpeculationCounts
 
@@ -113,18 +111,20 @@ class SpeculativeScheduler(Scheduler):
         ready = [request for request in self.running if not request.is_prefill_chunk]
         if not ready:
             return PLAIN
-        threshold = self.controller.threshold()
+        threshold = self.controller.threshold(len(ready))
         numbers = [self._numbers[request.request_id] for request in ready]
         limits = [self._room(request) for request in ready]
-        tokens, chances, lengths = self._ngram.propose(numbers, limits, threshold)
-        arm = self.controller.choose(len(ready), _expectations(self._arms, chances))
-        if arm.k == 0:
+        drafts = self._ngram.propose(numbers, limits, threshold)
+        drafted, accepted = drafts.drafted.tolist(), drafts.accepted.tolist()
+        arm = self.controller.choose(len(ready), {arm: (drafted[arm.k], accepted[arm.k]) for arm in self._arms})
+        if arm.k == 0 or drafted[arm.k] == 0:
             return arm
         budget = self.max_num_scheduled_tokens - len(ready)
-        for request, draft, length in zip(ready, tokens, lengths.tolist(), strict=True):
+        lengths = drafts.lengths[: len(ready)].tolist()
+        for request, draft, length in zip(ready, drafts.tokens[: len(ready)].tolist(), lengths, strict=True):
             kept = min(length, arm.k, budget)
             budget -= kept
-            request.spec_token_ids = draft[:kept].tolist()
+            request.spec_token_ids = draft[:kept]
         return arm
 
     def _room(self, request: Request) -> int:
@@ -152,9 +152,12 @@ class SpeculativeScheduler(Scheduler):
                 first = self.requests[name].num_output_tokens
                 self._accepted[name].extend(range(first, first + len(new) - 1))
         self._ngram.extend(numbers, tokens)
+        outputs = super().update_from_output(scheduler_output, output)
         if under_way is not None:
             self._last = under_way, emitted, accepted
-        return super().update_from_output(scheduler_output, output)
+            if not self.has_unfinished_requests():
+                self._measure(time.perf_counter())  # the next step may be long in coming
+        return outputs
 
     def _measure(self, now: float) -> None:
         """The last step ends where this one begins, so that all the engine does for a step is counted."""
@@ -177,10 +180,3 @@ class SpeculativeScheduler(Scheduler):
         counts.chosen = Counter({(bucket, str(arm)): steps for (bucket, arm), steps in self.controller.counts.items()})
         self.controller.counts.clear()
         return counts
-
-
-def _expectations(arms: list[Arm], chances: NDArray[np.float32]) -> dict[Arm, Expectation]:
-    """Per arm, how many tokens it would draft and how many of them would be accepted."""
-    drafted = np.cumsum((chances > 0).sum(axis=0))
-    accepted = np.cumsum(chances.sum(axis=0))
-    return {arm: (float(drafted[arm.k - 1]), float(accepted[arm.k - 1])) for arm in arms}
