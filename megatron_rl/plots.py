@@ -12,11 +12,12 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 Records = list[dict[str, float]]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#e08a1e", "#3a9a5b", "#c8423f", "#8a8f98"
+ARM_COLOURS = (GREY, "#9cc3e6", "#5b9bd5", BLUE, "#173f73", ORANGE, GREEN, RED)
 PHASES = (  # metric, name, colour; in the order of a step
     ("time/generate", "generate", "#2f6db5"),
     ("time/reward", "reward", "#7fb2e5"),
@@ -127,6 +128,44 @@ def time_per_phase(records: Records, file: Path) -> bool:
             bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     return True
+
+
+def speculation(records: Records, file: Path) -> bool:
+    """Tokens per verification and the share of tokens that came from drafts, per step."""
+    steps, accepted = series(records, "speculation/tokens_per_verification")
+    share_steps, share = series(records, "speculation/draft_token_share")
+    if not steps or not share_steps:
+        return False
+    with _figure(file, "training step", "tokens per verification") as axes:
+        axes.plot(steps, accepted, color=BLUE, linewidth=1.8, marker=_marker(steps), label="tokens per verification")
+        axes.set_ylim(bottom=1)
+        other = axes.twinx()
+        other.plot(share_steps, share, color=ORANGE, linewidth=1.4, label="share of tokens from drafts")
+        other.set_ylim(0, 1)
+        other.yaxis.set_major_formatter(PercentFormatter(1.0))
+        other.grid(visible=False)
+        lines = [*axes.get_lines(), *other.get_lines()]
+        axes.legend(lines, [str(line.get_label()) for line in lines], loc="best")
+    return True
+
+
+def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -> None:
+    """Live requests over time, coloured by the chosen arm; `steps` are (start in s, live requests, arm, emitted)."""
+    with _figure(file, "seconds", "live requests") as axes:
+        start = steps[0][0]
+        # The step after the last prompt step is the first one that means anything on the time axis.
+        for place, arm in enumerate(sorted({arm for _, _, arm, _ in steps}, key=_arm_order)):
+            chosen = [(begin - start, batch) for begin, batch, name, _ in steps if name == arm]
+            times, batches = zip(*chosen, strict=True)
+            axes.scatter(times, batches, s=7, color=ARM_COLOURS[place % len(ARM_COLOURS)], label=arm, linewidths=0)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.legend(loc="best", title="choice", markerscale=2.5)
+
+
+def _arm_order(arm: str) -> tuple[str, int]:
+    name, _, k = arm.partition(":")
+    return ("", 0) if not k else (name, int(k))
 
 
 def accuracy_names(records: Records) -> list[str]:

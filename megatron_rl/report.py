@@ -29,6 +29,9 @@ SETTINGS = (
     "rollout.engines",
     "rollout.max_tokens",
     "rollout.temperature",
+    "rollout.verify",
+    "rollout.speculation.adaptive",
+    "rollout.speculation.max_draft_tokens",
     "reward.function",
     "reward.name",
 )
@@ -38,6 +41,7 @@ PLOTS = (
     ("length", "Response length", plots.length),
     ("logprob_gap", "Log-probability gap between trainer and engine", plots.logprob_gap),
     ("time", "Time per phase", plots.time_per_phase),
+    ("speculation", "Speculative decoding", plots.speculation),
 )
 
 
@@ -87,6 +91,20 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
         times.add_row(*row)
     if times.row_count:
         terminal.print(times)
+    if speculation := speculation_line(records):
+        terminal.print(speculation, highlight=False)
+
+
+def speculation_line(records: Records) -> str:
+    """What drafts gave over the run, in one sentence; empty without speculation."""
+    _, share = plots.series(records, "speculation/draft_token_share")
+    _, accepted = plots.series(records, "speculation/tokens_per_verification")
+    if not share or not accepted:
+        return ""
+    return (
+        f"Speculation: {sum(share) / len(share):.0%} of the generated tokens came from drafts, "
+        f"{sum(accepted) / len(accepted):.2f} tokens per verification."
+    )
 
 
 def accuracy_rows(records: Records) -> list[tuple[str, str, str, str]]:
@@ -122,6 +140,8 @@ def _summary(records: Records) -> str:
     times = time_rows(records)
     if times:
         lines.append(_table(("phase", "total", "per step", "share"), times))
+    if speculation := speculation_line(records):
+        lines.append(speculation)
     return "\n\n".join(lines)
 
 

@@ -257,6 +257,8 @@ class RolloutEngine:
 
     def generate_timed(self, requests: list[RolloutRequest]) -> tuple[list[Rollout], float]:
         """Generate all of them, and the wall seconds that took: for benchmarks."""
+        if self._speculates:
+            self._scheduler.timeline.clear()
         start = time.perf_counter()
         self.submit(requests)
         rollouts = self.poll(float("inf"))
@@ -265,6 +267,10 @@ class RolloutEngine:
     def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
         """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks."""
         self._scheduler.set_speculation(adaptive, max_draft_tokens)
+
+    def speculation_timeline(self) -> list[tuple[float, int, str, int]]:
+        """The last generation's steps: (start in seconds, live requests, chosen arm, tokens emitted)."""
+        return list(self._scheduler.timeline)
 
     def take_verify_seconds(self) -> float:
         """Seconds spent sampling and verifying since the last call (measured with MEGATRON_RL_PROFILE=1)."""

@@ -48,6 +48,7 @@ class SpeculationCounts:
     """What an engine's drafting did, in total since the last reading."""
 
     steps: int = 0
+    verifications: int = 0  # rows of requests: a step verifies each live request once, with or without drafts
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0

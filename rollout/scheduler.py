@@ -5,7 +5,7 @@ tensor-parallel ranks agree. Which tokens come out does not depend on any decisi
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from rollout.records import SpeculationCounts
 SETTINGS = "megatron_rl_speculation"  # key of vLLM's additional_config
 GROUP_KEY = "group"  # in SamplingParams.extra_args: requests of one group are samples of one prompt
 NGRAM = "ngram"
+TIMELINE_STEPS = 4096
 
 
 class NoDrafts:
@@ -61,6 +62,7 @@ class SpeculativeScheduler(Scheduler):
         self._started = 0
         self._under_way: _Running | None = None
         self._last: tuple[_Running, int, int] | None = None  # a step whose time is not known yet: emitted, accepted
+        self.timeline: deque[tuple[float, int, str, int]] = deque(maxlen=TIMELINE_STEPS)
         self.counts = SpeculationCounts()
 
     def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
@@ -167,10 +169,12 @@ class SpeculativeScheduler(Scheduler):
         batch, drafted = len(step.scheduled.num_scheduled_tokens), sum(step.drafts.values())
         seconds = now - step.started
         self.counts.steps += 1
+        self.counts.verifications += batch
         self.counts.drafted += drafted
         self.counts.accepted += accepted
         self.counts.emitted += emitted
         self.counts.seconds += seconds
+        self.timeline.append((step.started, batch, str(step.arm), emitted))
         if step.pure and emitted:
             self.controller.observe(Step(step.arm, batch, drafted, emitted, seconds))
 
