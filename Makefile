@@ -1,11 +1,14 @@
 # `make demo` and `make test` set everything up themselves; the first run takes a few minutes, later ones start at once.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test test-all lint clean setup
+.PHONY: demo test test-all lint sanitize clean setup
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
+PACKAGES := .venv/.packages
 READY := .venv/.ready
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+SANITIZED := build/sanitize
 BASE_MODEL := runs/arithmetic-sft/hf/config.json
 # More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"
 ARGS ?=
@@ -33,9 +36,25 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The CPU core of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
+sanitize: $(SANITIZED)/verify_driver
+	$<
+
+$(SANITIZED)/verify_driver: csrc/tests/verify_driver.cpp $(NATIVE) Makefile
+	@mkdir -p $(SANITIZED)
+	@flags="-std=c++17 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined"; \
+	flags="$$flags -fno-sanitize-recover=all -Icsrc"; \
+	compile() { echo "compiling $$1"; $(CXX) $$flags $${@:2} -c $$1 -o $(SANITIZED)/$$(basename $$1).o; }; \
+	if [ "$$(uname -m)" = x86_64 ]; then \
+		compile csrc/scan_avx512.cpp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c; \
+		compile csrc/scan_avx2.cpp -mavx2 -mfma -mf16c; \
+	fi; \
+	for file in csrc/scan_portable.cpp csrc/verify_cpu.cpp csrc/problems.cpp $<; do compile $$file; done; \
+	$(CXX) $$flags -pthread $(SANITIZED)/*.o -o $@
+
 setup: $(READY)
 
-$(READY): requirements-cpu.lock setup.py
+$(PACKAGES): requirements-cpu.lock
 	@fail() { tail -n 20 .venv/setup.log; exit 1; }; \
 	echo "setup 1/3: virtual environment in .venv ($(PYTHON))"; \
 	$(PYTHON) -m venv .venv; \
@@ -44,8 +63,12 @@ $(READY): requirements-cpu.lock setup.py
 		-r requirements-cpu.lock > .venv/setup.log 2>&1 || fail; \
 	$(BIN)/python -c "import torch" 2>> .venv/setup.log || { \
 		echo "torch does not load: pip has probably chosen its CUDA build. Let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"; \
-		echo "point to the CPU builds of torch, remove .venv and try again."; exit 1; }; \
-	echo "setup 3/3: megatron-rl"; \
+		echo "point to the CPU builds of torch, remove .venv and try again."; exit 1; }
+	@touch $@
+
+$(READY): $(PACKAGES) setup.py $(NATIVE)
+	@fail() { tail -n 20 .venv/setup.log; exit 1; }; \
+	echo "setup 3/3: megatron-rl and its native extension"; \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e . >> .venv/setup.log 2>&1 || fail
 	@touch $@
 

@@ -56,6 +56,8 @@ struct Scan {
   using Floats = typename Simd::Floats;
   using Words = typename Simd::Words;
   static constexpr int kWidth = Simd::kWidth;
+  // Exponentials are summed in groups: thousands of small ones added to a large one would lose all their low bits.
+  static constexpr int kGroup = 16 * kWidth;
   static_assert(kTile % kWidth == 0);
 
   // Scales `count` logits into `tile`, fills up to a whole vector with -inf, and returns the maximum (NaN left aside).
@@ -90,9 +92,13 @@ struct Scan {
 
   static float sum_tile(const float* tile, int count, float max, const char* next) {
     Floats sum = Simd::all(0);
-    for (int i = 0; i < count; i += kWidth) {
-      prefetch(next, i);
-      sum = Simd::add(sum, exponentials(tile + i, Simd::all(max)));
+    for (int group = 0; group < count; group += kGroup) {
+      Floats group_sum = Simd::all(0);
+      for (int i = group; i < count && i < group + kGroup; i += kWidth) {
+        prefetch(next, i);
+        group_sum = Simd::add(group_sum, exponentials(tile + i, Simd::all(max)));
+      }
+      sum = Simd::add(sum, group_sum);
     }
     return Simd::sum_of(sum);
   }
@@ -107,28 +113,33 @@ struct Scan {
     const Words step(kWidth * kMurmurC1);
     Words id_product = Simd::consecutive(static_cast<uint32_t>(first_id)) * Words(kMurmurC1);
     Floats sum = Simd::all(0);
-    for (int i = 0; i < count; i += kWidth) {
-      prefetch(next, i);
-      const Floats e = exponentials(tile + i, Simd::all(max));
-      sum = Simd::add(sum, e);
-      const Words hash = mix_but_last(absorb(row, scramble_product(id_product)));
-      id_product = id_product + step;
-      uint32_t lanes = Simd::less(Simd::to_floats(hash), Simd::multiply_add(e, factor, slack));
-      if (__builtin_expect(lanes != 0, 0)) {
-        for (; lanes != 0; lanes &= lanes - 1) {
-          const int lane = i + __builtin_ctz(lanes);
-          consider(tile[lane], state, static_cast<uint32_t>(first_id + lane), best);
+    for (int group = 0; group < count; group += kGroup) {
+      Floats group_sum = Simd::all(0);
+      for (int i = group; i < count && i < group + kGroup; i += kWidth) {
+        prefetch(next, i);
+        const Floats e = exponentials(tile + i, Simd::all(max));
+        group_sum = Simd::add(group_sum, e);
+        const Words hash = mix_but_last(absorb(row, scramble_product(id_product)));
+        id_product = id_product + step;
+        const uint32_t lanes = Simd::less(Simd::to_floats(hash), Simd::multiply_add(e, factor, slack));
+        if (__builtin_expect(lanes != 0, 0)) {
+          consider_lanes(lanes, tile + i, state, first_id + i, best);
+          factor = Simd::all(survival_factor(max, static_cast<float>(best.score)) / Simd::kHashUnit);
         }
-        factor = Simd::all(survival_factor(max, static_cast<float>(best.score)) / Simd::kHashUnit);
       }
+      sum = Simd::add(sum, group_sum);
     }
     return Simd::sum_of(sum);
   }
 
-  static void consider(float scaled, uint32_t state, uint32_t token, Best& best) {
-    if (scaled == -INFINITY) return;
-    const double value = score(scaled, state, token);
-    if (value > best.score) best = {value, static_cast<int32_t>(token), scaled};
+  static void consider_lanes(uint32_t lanes, const float* scaled, uint32_t state, int64_t first_id, Best& best) {
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      if (scaled[lane] == -INFINITY) continue;
+      const auto token = static_cast<uint32_t>(first_id + lane);
+      const double value = score(scaled[lane], state, token);
+      if (value > best.score) best = {value, static_cast<int32_t>(token), scaled[lane]};
+    }
   }
 
   static void consider_greedily(const float* tile, int count, float max, int64_t first_id, Best& best) {

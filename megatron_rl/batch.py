@@ -5,7 +5,9 @@ the batch one after the other. `Batch.offsets[i]` is where sequence i begins.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -38,15 +40,15 @@ class Batch:
         """Response lengths, int64 [batch]."""
         return torch.tensor([len(response) for response in self.responses])
 
-    @property
-    def offsets(self) -> Int[torch.Tensor, "batch_plus_one"]:
-        """Where each response begins in the flat layout, int64 [batch + 1]."""
-        return torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each response begins in the flat layout, [batch + 1]."""
+        return list(itertools.accumulate(map(len, self.responses), initial=0))
 
     @property
     def tokens(self) -> int:
         """Response tokens in the batch."""
-        return sum(map(len, self.responses))
+        return self.offsets[-1]
 
     def sequence_length(self, index: int) -> int:
         """Tokens of prompt and response together."""
@@ -54,7 +56,7 @@ class Batch:
 
     def select(self, start: int, stop: int) -> "Batch":
         """The sequences `start` to `stop` as a batch of their own."""
-        tokens = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        tokens = slice(self.offsets[start], self.offsets[stop])
         values = {name: value[tokens] for name, value in self.values.items()}
         return Batch(self.prompts[start:stop], self.responses[start:stop], values)
 
@@ -121,13 +123,12 @@ def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: to
     targets: list[int] = []
     flat_index: list[int] = []
     lengths: list[int] = []
-    offsets = batch.offsets.tolist()
     for index in indices:
         prompt, response = batch.prompts[index], batch.responses[index]
         first = len(input_ids) + len(prompt) - 1
         rows += range(first, first + len(response))
         targets += response
-        flat_index += range(offsets[index], offsets[index + 1])
+        flat_index += range(batch.offsets[index], batch.offsets[index + 1])
         input_ids += prompt + response
         lengths.append(len(prompt) + len(response))
     padding = -len(input_ids) % multiple if input_ids else multiple

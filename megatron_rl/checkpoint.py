@@ -14,13 +14,13 @@ from megatron.core import dist_checkpointing
 
 from megatron_rl import megatron_patch
 from megatron_rl.config import ConfigError
+from megatron_rl.model_folder import DRAFT, REPLACED, new_model_folder
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from megatron_rl.trainer import Trainer
 
-MODEL_FILES = (".json", ".txt", ".model", ".jinja")
 # The form of the optimizer state that loads into any other TP, PP or DP layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -32,9 +32,14 @@ def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
 
 def latest_step(run_dir: str | Path) -> int | None:
     """Step of the newest complete checkpoint, or None."""
-    found = Path(run_dir).glob("checkpoints/step_*")
-    steps = [int(path.name.removeprefix("step_")) for path in found if path.suffix != ".tmp"]
-    return max(steps, default=None)
+    return max(_steps(run_dir), default=None)
+
+
+def _steps(run_dir: str | Path) -> dict[int, Path]:
+    """Complete checkpoints by step; where a crash interrupted a replacement, the one that was to be replaced counts."""
+    found = [path for path in Path(run_dir).glob("checkpoints/step_*") if path.suffix != DRAFT]
+    named = sorted(found, key=lambda path: path.suffix != REPLACED)
+    return {int(path.stem.removeprefix("step_")): path for path in named}
 
 
 def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: int) -> None:
@@ -53,9 +58,15 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: in
     contents["state"] = {"step": step, "updates": trainer.updates}
     write_model_folder(contents, trainer.config.model.path, folder)
     if trainer.runtime.is_driver:
-        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        remove_old_checkpoints(run_dir, keep)
     torch.distributed.barrier()
+
+
+def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; what a crash left unfinished does not count as one."""
+    steps = _steps(run_dir)
+    for old in sorted(steps)[:-keep]:
+        shutil.rmtree(steps[old])
 
 
 def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
@@ -64,7 +75,7 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
     Raises:
         ConfigError: when the checkpoint cannot be read.
     """
-    folder = checkpoint_folder(run_dir, step)
+    folder = _steps(run_dir)[step]
     _allocate_adam_state(trainer)
     contents = _load(_sharded_state(trainer, loading=True), folder)
     trainer.model.load_state_dict(contents["model"])
@@ -90,27 +101,10 @@ def has_megatron_weights(folder: str | Path) -> bool:
 
 def write_model_folder(contents: dict[str, Any], template: str | Path, folder: Path) -> None:
     """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`."""
-    writes = torch.distributed.get_rank() == 0
-    draft = folder.with_name(folder.name + ".tmp")
-    if writes:
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / "megatron").mkdir(parents=True)
-        copy_model_files(template, draft)
-    torch.distributed.barrier()
     megatron_patch.install()
-    dist_checkpointing.save(contents, str(draft / "megatron"))
-    torch.distributed.barrier()
-    if writes:
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    torch.distributed.barrier()
-
-
-def copy_model_files(template: str | Path, target: Path) -> None:
-    """Copy what makes a folder a Hugging Face model, except the weights: config, tokenizer, chat template."""
-    for path in Path(template).iterdir():
-        if path.is_file() and path.suffix in MODEL_FILES and "safetensors" not in path.name:
-            shutil.copy(path, target)
+    with new_model_folder(folder, template) as draft:
+        (draft / "megatron").mkdir(exist_ok=True)
+        dist_checkpointing.save(contents, str(draft / "megatron"))
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:

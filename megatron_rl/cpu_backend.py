@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-TESTED_MEGATRON_CORE = ("0.16.",)
-
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Redirects CUDA device arguments of torch calls to the CPU, and reports CUDA type names for CPU tensors."""
@@ -64,14 +62,11 @@ def install() -> None:
     global _mode
     if _mode is not None:
         return
-    import megatron.core
     import megatron.core.tensor_parallel.random as megatron_random
 
-    if not megatron.core.__version__.startswith(TESTED_MEGATRON_CORE):
-        raise RuntimeError(
-            f"megatron-core {megatron.core.__version__} was not tested on CPU; install a version that starts with "
-            f"{' or '.join(TESTED_MEGATRON_CORE)}."
-        )
+    from megatron_rl import megatron_version
+
+    megatron_version.check("training on a CPU")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None

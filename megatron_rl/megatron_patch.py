@@ -10,12 +10,11 @@
 import queue
 from typing import Any
 
-import megatron.core
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-TESTED_MEGATRON_CORE = ("0.16.",)
+from megatron_rl import megatron_version
 
 _original_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 _results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -34,10 +33,6 @@ def install() -> None:
     Raises:
         RuntimeError: for a megatron-core version this was not tested with.
     """
-    if not megatron.core.__version__.startswith(TESTED_MEGATRON_CORE):
-        raise RuntimeError(
-            f"checkpoints were not tested with megatron-core {megatron.core.__version__}; install a version that "
-            f"starts with {' or '.join(TESTED_MEGATRON_CORE)}."
-        )
+    megatron_version.check("saving checkpoints")
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
     filesystem_async._get_write_results_queue = lambda: _results

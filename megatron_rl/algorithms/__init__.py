@@ -1,11 +1,11 @@
 """The mathematics of the policy update: pure functions on packed tensors, without torch.distributed.
 
 Packed layout: per-token tensors are flat `[tokens]`, the response tokens of all sequences of a batch one after the
-other; `lengths [batch]` are the response lengths and `sequence_ids [tokens]` says which sequence a token belongs to.
+other; `lengths [batch]` are the response lengths.
 """
 
 from megatron_rl.algorithms.advantages import grpo_advantages
-from megatron_rl.algorithms.aggregation import sequence_ids, token_weights
+from megatron_rl.algorithms.aggregation import token_weights
 from megatron_rl.algorithms.correction import mismatch_metrics, tis_weights
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.loss import ppo_loss
@@ -18,7 +18,6 @@ __all__ = [
     "mismatch_metrics",
     "policy_objective",
     "ppo_loss",
-    "sequence_ids",
     "tis_weights",
     "token_weights",
 ]

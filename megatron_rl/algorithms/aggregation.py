@@ -35,8 +35,3 @@ def token_weights(lengths: Int[Tensor, "batch"], aggregation: Aggregation) -> Fl
     else:
         per_sequence = 1.0 / (present.double() * lengths.clamp(min=1))
     return per_sequence.float().repeat_interleave(lengths)
-
-
-def sequence_ids(lengths: Int[Tensor, "batch"]) -> Int[Tensor, "tokens"]:
-    """Which sequence every token of the packed layout belongs to, int64."""
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)

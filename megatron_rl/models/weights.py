@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_rl.checkpoint import copy_model_files
 from megatron_rl.config import ConfigError
+from megatron_rl.model_folder import new_model_folder
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.mapping import Block, Shard, hf_shapes, local_shape, shard_parameters
 
@@ -210,12 +209,15 @@ def export_hf(source: PolicyWeights, template: str | Path, folder: Path) -> None
 
     Called on every rank; rank 0 writes. The folder appears at once, complete.
     """
-    writes = torch.distributed.get_rank() == 0
-    draft = folder.with_name(folder.name + ".tmp")
-    if writes:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        copy_model_files(template, draft)
+    with new_model_folder(folder, template) as draft:
+        if torch.distributed.get_rank() == 0:
+            _write_tensors(source, draft)
+        else:
+            for _ in source:  # iteration is collective
+                pass
+
+
+def _write_tensors(source: PolicyWeights, folder: Path) -> None:
     pending: dict[str, torch.Tensor] = {}
     index: dict[str, str] = {}
     size = number = 0
@@ -224,25 +226,19 @@ def export_hf(source: PolicyWeights, template: str | Path, folder: Path) -> None
         nonlocal number, size
         number += 1
         name = f"model-{number:05d}.safetensors"
-        save_file(pending, draft / name, metadata={"format": "pt"})
+        save_file(pending, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(pending, name))
         pending.clear()
         size = 0
 
     for name, tensor in source:
-        if not writes:
-            continue
         pending[name] = tensor.cpu().clone()
         size += tensor.nbytes
         if size >= EXPORT_SHARD_BYTES:
             flush()
-    if writes:
-        if pending:
-            flush()
-        _finish_export(draft, index)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    torch.distributed.barrier()
+    if pending:
+        flush()
+    _finish_export(folder, index)
 
 
 def _finish_export(draft: Path, index: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_rl.algorithms import sequence_ids, token_weights
+from megatron_rl.algorithms import token_weights
 
 LENGTHS = torch.tensor([1, 3, 0, 2])
 
@@ -21,11 +21,6 @@ def test_weights_by_hand_and_empty_responses_do_not_count(aggregation, expected)
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_nothing_but_empty_responses_have_no_weights(aggregation):
     assert token_weights(torch.tensor([0, 0]), aggregation).tolist() == []
-
-
-def test_sequence_ids_name_the_owner_of_every_token():
-    assert sequence_ids(LENGTHS).tolist() == [0, 1, 1, 1, 3, 3]
-    assert sequence_ids(LENGTHS).dtype == torch.int64
 
 
 def test_the_weighted_sum_is_the_aggregated_loss():

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.checkpoint import checkpoint_folder, latest_step
+from megatron_rl.checkpoint import checkpoint_folder, latest_step, remove_old_checkpoints
+from megatron_rl.model_folder import DRAFT, REPLACED
 from tests.launching import run_workers
 from tests.training.models import make_models
 
@@ -57,8 +58,19 @@ def test_export_loads_in_transformers(interrupted):
 
 def test_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path):
     checkpoint_folder(tmp_path, 3).mkdir(parents=True)
-    checkpoint_folder(tmp_path, 7).with_suffix(".tmp").mkdir(parents=True)
+    checkpoint_folder(tmp_path, 7).with_suffix(DRAFT).mkdir(parents=True)
     assert latest_step(tmp_path) == 3
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert checkpoint_folder(tmp_path, 3).exists()
+
+
+def test_checkpoint_counts_while_it_is_being_replaced(tmp_path: Path):
+    checkpoint_folder(tmp_path, 3).mkdir(parents=True)
+    checkpoint_folder(tmp_path, 7).with_suffix(DRAFT).mkdir()
+    checkpoint_folder(tmp_path, 7).with_suffix(REPLACED).mkdir()
+    assert latest_step(tmp_path) == 7
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert not checkpoint_folder(tmp_path, 3).exists() and latest_step(tmp_path) == 7
 
 
 def test_bf16_keeps_its_float32_master_weights_across_a_resume(interrupted, tmp_path: Path):
