@@ -9,23 +9,22 @@ engines or tensors. Terms:
 - rows: what the model computes in the step, the batch plus all draft tokens.
 - rate: tokens emitted per second, which every controller maximises.
 
-`beg` is bucketed epsilon-greedy over medians of a sliding window (the rule of FastRL's tuner, per bucket). `model`
+`beg` is bucketed epsilon-greedy over a sliding window (the rule of FastRL's tuner, per bucket). `model`
 predicts the rate of every arm from a latency model and acceptance estimates and draws both from their uncertainty
 (Thompson sampling), so that it needs few trials per bucket and arm.
 """
 
-import math
 import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Protocol
 
 from megatron_rl.config import ConfigError
 from rollout.latency import LatencyModel
 
-WINDOW = 48  # steps that a median looks back on: older ones are forgotten
+WINDOW = 96  # steps that a median looks back on: older ones are forgotten
 SWITCH_GAIN = 1.03  # an arm replaces the current one only when it promises this much more
 HOLD_STEPS = 4  # steps between decisions
 
@@ -143,6 +142,7 @@ class _Holding:
     def __init__(self) -> None:
         self.counts: Counter[tuple[int, Arm]] = Counter()
         self._current: dict[int, Arm] = {}
+        self._trial = PLAIN  # the arm in use
         self._bucket, self._held = 0, 0
 
     def keep(self, bucket: int) -> Arm | None:
@@ -150,7 +150,7 @@ class _Holding:
         due = bucket != self._bucket or self._held >= HOLD_STEPS or bucket not in self._current
         if due:
             return None
-        return self._use(bucket, self._current[bucket])
+        return self._use(bucket, self._trial)
 
     def decide(self, bucket: int, rates: Mapping[Arm, float]) -> Arm:
         """The best arm, or the current one when that is nearly as good."""
@@ -160,10 +160,11 @@ class _Holding:
             best = current
         return self.take(bucket, best)
 
-    def take(self, bucket: int, arm: Arm) -> Arm:
-        """Use an arm from now on."""
-        self._held = 0
-        self._current[bucket] = arm
+    def take(self, bucket: int, arm: Arm, for_good: bool = True) -> Arm:
+        """Use an arm from now on, or only until the next decision."""
+        self._held, self._trial = 0, arm
+        if for_good:
+            self._current[bucket] = arm
         return self._use(bucket, arm)
 
     def _use(self, bucket: int, arm: Arm) -> Arm:
@@ -173,15 +174,19 @@ class _Holding:
 
 
 class BegController:
-    """Bucketed epsilon-greedy: per bucket the arm with the highest median rate, now and then another one."""
+    """Bucketed epsilon-greedy: per bucket the arm with the highest rate of late, now and then another one.
 
-    def __init__(self, arms: Sequence[Arm], epsilon: float = 0.05, window: int = WINDOW, seed: int = 0) -> None:
+    The rate is the mean of the tokens over the median of the seconds: a pause is an outlier, but a step that emits many
+    tokens is not, and for few requests the median of the tokens hides what long drafts bring.
+    """
+
+    def __init__(self, arms: Sequence[Arm], epsilon: float = 0.03, window: int = WINDOW, seed: int = 0) -> None:
         """Raises ConfigError when `arms` lacks `PLAIN`, or for epsilon outside [0, 1]."""
         _check_arms(arms)
         if not 0 <= epsilon <= 1:
             raise ConfigError(f"epsilon={epsilon} must be between 0 and 1.")
         self._arms, self._epsilon, self._window = list(arms), epsilon, window
-        self._rates: dict[tuple[int, Arm], deque[float]] = {}
+        self._steps: dict[tuple[int, Arm], deque[tuple[float, float]]] = {}  # tokens per request, seconds per request
         self._holding, self._random = _Holding(), random.Random(seed)
         self.counts = self._holding.counts
 
@@ -189,29 +194,37 @@ class BegController:
         bucket = bucket_of(batch)
         if (kept := self._holding.keep(bucket)) is not None:
             return kept
-        untried = [arm for arm in self._arms if (bucket, arm) not in self._rates]
+        untried = [arm for arm in self._arms if (bucket, arm) not in self._steps]
         if untried:
             return self._holding.take(bucket, untried[0])
-        medians = {arm: median(self._rates[bucket, arm]) for arm in self._arms}
         if self._random.random() < self._epsilon:
-            tried = self._random.choice(self._arms)
-            return self._holding.decide(bucket, medians | {tried: math.inf})
-        return self._holding.decide(bucket, medians)
+            return self._holding.take(bucket, self._random.choice(self._arms), for_good=False)
+        return self._holding.decide(bucket, {arm: _rate(self._steps[bucket, arm]) for arm in self._arms})
 
     def threshold(self, batch: int) -> float:
         return 0.05
 
     def observe(self, step: Step) -> None:
-        key = bucket_of(step.batch), step.arm
-        self._rates.setdefault(key, deque(maxlen=self._window)).append(step.emitted / step.seconds)
+        steps = self._steps.setdefault((bucket_of(step.batch), step.arm), deque(maxlen=self._window))
+        steps.append((step.emitted / step.batch, step.seconds / step.batch))
 
     def state(self) -> dict[str, Any]:
-        return {"rates": [[bucket, arm.drafter, arm.k, list(rates)] for (bucket, arm), rates in self._rates.items()]}
+        return {
+            "steps": [
+                [bucket, arm.drafter, arm.k, [list(step) for step in steps]]
+                for (bucket, arm), steps in self._steps.items()
+            ]
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        for bucket, drafter, k, rates in state["rates"]:
+        for bucket, drafter, k, steps in state["steps"]:
             if (arm := Arm(drafter, k)) in self._arms:
-                self._rates[bucket, arm] = deque(rates, maxlen=self._window)
+                self._steps[bucket, arm] = deque(((tokens, seconds) for tokens, seconds in steps), maxlen=self._window)
+
+
+def _rate(steps: deque[tuple[float, float]]) -> float:
+    tokens, seconds = zip(*steps, strict=True)
+    return fmean(tokens) / median(seconds)
 
 
 class Acceptance:

@@ -5,11 +5,11 @@ is treated alike: a row's past is the request's output and the drafts before the
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -36,14 +36,29 @@ SUPPORTED = (
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request's options, and how many tokens it has generated."""
+
+    parameters: SamplingParams
+    generated: int
+
+    @property
+    def constrains(self) -> bool:
+        """Whether there is an option that vLLM's metadata does not tell of, or not beside drafts."""
+        parameters = self.parameters
+        return parameters.min_p > 0 or bool(parameters.logit_bias) or self.generated < parameters.min_tokens
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a batch: request i owns `1 + len(drafts[i])` consecutive ones."""
 
     drafts: list[list[int]]
-    owner: Tensor  # [rows] int64: the request of each row
+    owner: Int[Tensor, " rows"]  # int64: the request of each row
 
     @classmethod
     def of(cls, drafts: list[list[int]], device: torch.device) -> "Rows":
+        """The rows of requests with these drafts."""
         counts = torch.tensor([len(draft) + 1 for draft in drafts], device=device)
         return cls(drafts, torch.repeat_interleave(counts))
 
@@ -56,16 +71,15 @@ class Rows:
         ]
 
 
-def asks_for_constraints(metadata: SamplingMetadata) -> bool:
+def asks_for_constraints(metadata: SamplingMetadata, asked: list[Asked]) -> bool:
     """Whether any request of the batch needs `constrain`."""
-    processors = metadata.logitsprocs.argmax_invariant + metadata.logitsprocs.non_argmax_invariant
     return (
         metadata.top_k is not None
         or metadata.top_p is not None
         or not metadata.no_penalties
         or metadata.allowed_token_ids_mask is not None
         or bool(metadata.bad_words_token_ids)
-        or any(map(_is_active, processors))
+        or any(request.constrains for request in asked)
     )
 
 
@@ -88,13 +102,20 @@ def refuse_unsupported(metadata: SamplingMetadata) -> None:
 
 
 def constrain(
-    logits: Float[Tensor, "rows vocab"], metadata: SamplingMetadata, rows: Rows
+    logits: Float[Tensor, "rows vocab"],
+    metadata: SamplingMetadata,
+    asked: list[Asked],
+    rows: Rows,
+    vocab_limit: int | None,
 ) -> Float[Tensor, "rows vocab"]:
     """New float32 logits, divided by the temperature where it is not 0, with excluded tokens at -inf.
 
     The order is vLLM's: allowed ids, bad words, bias, minimum length, penalties, temperature, min-p, top-k, top-p.
+    Before all of them come the ids from `vocab_limit` on, or they would take places among the top k.
     """
     logits = logits.to(torch.float32, copy=True)
+    if vocab_limit is not None:
+        logits[:, vocab_limit:] = -torch.inf
     owner = rows.owner
     needs_past = bool(metadata.bad_words_token_ids) or not metadata.no_penalties
     past = rows.outputs(metadata.output_token_ids) if needs_past else []
@@ -104,8 +125,7 @@ def constrain(
         apply_bad_words_with_drafts(
             logits, metadata.bad_words_token_ids, past, [len(draft) + 1 for draft in rows.drafts]
         )
-    for processor in metadata.logitsprocs.non_argmax_invariant:
-        _apply_per_row(processor, logits, rows)
+    _apply_bias_and_minimum(logits, asked, rows)
     if not metadata.no_penalties:
         assert metadata.prompt_token_ids is not None
         penalties = (metadata.presence_penalties, metadata.frequency_penalties, metadata.repetition_penalties)
@@ -115,8 +135,9 @@ def constrain(
         return logits
     temperature = metadata.temperature[owner]
     logits.div_(torch.where(is_greedy(temperature), 1.0, temperature)[:, None])
-    for processor in metadata.logitsprocs.argmax_invariant:
-        _apply_per_row(processor, logits, rows)
+    if any(request.parameters.min_p for request in asked):
+        floor = torch.tensor([request.parameters.min_p for request in asked], device=logits.device)[owner].log()
+        logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floor[:, None], -torch.inf)
     top_k = None if metadata.top_k is None else metadata.top_k[owner]
     top_p = None if metadata.top_p is None else metadata.top_p[owner]
     return apply_top_k_top_p(logits, top_k, top_p)
@@ -127,29 +148,15 @@ def is_greedy(temperature: Tensor) -> Tensor:
     return temperature < 1e-5
 
 
-def _apply_per_row(processor: Any, logits: Tensor, rows: Rows) -> None:
-    """What a vLLM processor does to one row per request, for all of a request's rows."""
-    if isinstance(processor, MinPLogitsProcessor):
-        if processor.min_p_count:
-            floor = processor.min_p[rows.owner].log()  # [rows, 1]; probabilities compare as logits do
-            logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floor, -torch.inf)
-        return
-    starts = torch.cumsum(torch.tensor([0, *(len(draft) + 1 for draft in rows.drafts)]), 0).tolist()
-    if isinstance(processor, LogitBiasLogitsProcessor):
-        for request, biases in processor.biases.items():
-            ids = torch.tensor(list(biases), device=logits.device)
-            bias = torch.tensor(list(biases.values()), device=logits.device)
-            logits[starts[request] : starts[request + 1], ids] += bias
-    elif isinstance(processor, MinTokensLogitsProcessor):
-        for request, (minimum, output, stop_ids, _) in processor.min_toks.items():
-            short = max(min(minimum - len(output), starts[request + 1] - starts[request]), 0)
-            ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
-            logits[starts[request] : starts[request] + short, ids] = -torch.inf
-
-
-def _is_active(processor: Any) -> bool:
-    # vLLM's own processors are always loaded, and each keeps its own record of the requests that use it.
-    for record in ("min_p_count", "min_toks", "biases"):
-        if hasattr(processor, record):
-            return bool(getattr(processor, record))
-    return True
+def _apply_bias_and_minimum(logits: Float[Tensor, "rows vocab"], asked: list[Asked], rows: Rows) -> None:
+    begin = 0
+    for request, draft in zip(asked, rows.drafts, strict=True):
+        end = begin + len(draft) + 1
+        if bias := request.parameters.logit_bias:
+            ids = torch.tensor(list(bias), device=logits.device)
+            logits[begin:end, ids] += torch.tensor(list(bias.values()), device=logits.device)
+        short = min(begin + max(request.parameters.min_tokens - request.generated, 0), end)
+        if short > begin:
+            ids = torch.tensor(sorted(request.parameters.all_stop_token_ids), dtype=torch.int64, device=logits.device)
+            logits[begin:short, ids] = -torch.inf
+        begin = end

@@ -244,7 +244,7 @@ class RolloutEngine:
 
     @property
     def _speculates(self) -> bool:
-        return "speculative_config" in self._arguments
+        return "scheduler_cls" in self._arguments
 
     @property
     def _scheduler(self) -> Any:

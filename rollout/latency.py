@@ -14,6 +14,7 @@ _SURE = 6  # observations after which a cell speaks for itself
 _DOUBT = 0.05  # relative uncertainty of the fit where no cell has been seen
 _NOISE = 0.05  # relative spread of single steps
 _STALE = 400  # steps after which a cell that was not visited counts for half
+_PRIOR_STEPS = 0.1  # weight of the assumption about drafts that were not measured, in steps
 _REDRAW = 8  # steps for which a draw of the uncertainties holds
 
 Cell = tuple[str, int, int]  # drafter, bucket of the batch size, bucket of the draft tokens
@@ -57,12 +58,18 @@ class LatencyModel:
         middle = np.array([self._median(cell) for cell in trusted])
         sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
         rows = np.column_stack([np.ones(len(middle)), middle[:, 0], middle[:, 1]])
+        # Until drafts were measured, a draft row is taken to cost half as much as a request: no leap into long drafts.
+        batch, _, seconds = middle[middle[:, 1].argmin()]
+        rows = np.vstack([rows, (1.0, batch, batch)])
+        times, sizes = np.append(middle[:, 2], 1.5 * seconds), np.append(sizes, _PRIOR_STEPS)
         # Relative errors count, and a cell seen seldom says little.
-        a, b, c = _nonnegative_least_squares(rows, middle[:, 2], np.sqrt(sizes) / middle[:, 2]).tolist()
+        a, b, c = _nonnegative_least_squares(rows, times, np.sqrt(sizes) / times).tolist()
         self._fit = a, b, c
 
     def predict(self, drafter: str, batch: int, drafted: float) -> tuple[float, float]:
         """Expected seconds of a step, and the relative standard error of that number."""
+        if not self._cells:
+            return 1e-3 * (1.0 + drafted / batch), _DOUBT
         fitted = self._fitted(batch, drafted)
         cell = drafter, _bucket(batch), _bucket(drafted)
         if cell not in self._cells:

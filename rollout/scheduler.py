@@ -54,6 +54,8 @@ class SpeculativeScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Without a schedule of its own vLLM pads new requests to full drafts, of tokens that do not exist.
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self._controllers: dict[tuple[str, int], Controller] = {}
         self._settings: dict[str, Any] = self.vllm_config.additional_config[SETTINGS]
         self.set_speculation(self._settings["adaptive"], self._settings["max_draft_tokens"])

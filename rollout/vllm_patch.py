@@ -1,4 +1,4 @@
-"""The one place that changes vLLM. Three functions, all about which token is sampled:
+"""The one place that changes vLLM. Four functions, all about which token is sampled:
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
@@ -6,7 +6,10 @@
 - `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.verify: rejection`: vLLM 0.32 leaves its result
   uninitialised there, which gives drafts the wrong temperature.
 
-A request takes part in the first two by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own
+- `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
+  lacks them; ours does not.
+
+A request takes part in coupled sampling by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own
 `seed` keeps a generator's state per request, which a restart loses). The position key of a row is the position of its
 input token.
 """
@@ -19,6 +22,7 @@ import torch
 import vllm
 from jaxtyping import Int
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample import rejection_sampler
@@ -26,7 +30,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from rollout.constraints import Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
+from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
 from rollout.verify import verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
@@ -74,6 +78,7 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
         return
     _replace_sampling(vocab_limit)
     _replace_draft_sampling()
+    SamplingParams._validate_spec_decode = _validate_spec_decode
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
 
@@ -82,13 +87,14 @@ def _replace_sampling(vocab_limit: int | None) -> None:
     stock_sample = GPUModelRunner._sample
 
     def sample(runner: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
-        seeds = _seeds(runner)
+        asked = _asked(runner)
+        seeds = _seeds(asked, runner.device)
         if seeds is None:
             _set_draft_noise(runner, None)
             if vocab_limit is not None:
                 logits[:, vocab_limit:] = -torch.inf
             return stock_sample(runner, logits, spec_decode_metadata)
-        return _coupled(runner, logits, seeds, spec_decode_metadata, vocab_limit)
+        return _coupled(runner, logits, asked, seeds, spec_decode_metadata, vocab_limit)
 
     sample.__wrapped__ = stock_sample  # type: ignore[attr-defined]
     GPUModelRunner._sample = sample
@@ -135,19 +141,28 @@ class DraftNoise:
         return tokens[:, 0].long()
 
 
-def _seeds(runner: Any) -> Int[Tensor, " requests"] | None:
+def _asked(runner: Any) -> list[Asked]:
+    states = [runner.requests[request] for request in runner.input_batch.req_ids]
+    return [Asked(state.sampling_params, len(state.output_token_ids)) for state in states]
+
+
+def _seeds(asked: list[Asked], device: torch.device) -> Int[Tensor, " requests"] | None:
     """The seeds of the batch's requests, or None when no request has one; ValueError when only some do."""
-    extras = [runner.requests[request].sampling_params.extra_args or {} for request in runner.input_batch.req_ids]
-    seeds = [extra.get(SEED_KEY) for extra in extras]
+    seeds = [(request.parameters.extra_args or {}).get(SEED_KEY) for request in asked]
     if None not in seeds:
-        return torch.tensor(seeds, dtype=torch.int64, device=runner.device)
+        return torch.tensor(seeds, dtype=torch.int64, device=device)
     if any(seed is not None for seed in seeds):
         raise ValueError(f"Requests with and without extra_args[{SEED_KEY!r}] cannot run in one engine at a time.")
     return None
 
 
 def _coupled(
-    runner: Any, logits: Tensor, seeds: Tensor, spec_decode_metadata: Any, vocab_limit: int | None
+    runner: Any,
+    logits: Tensor,
+    asked: list[Asked],
+    seeds: Tensor,
+    spec_decode_metadata: Any,
+    vocab_limit: int | None,
 ) -> SamplerOutput:
     requests = len(seeds)
     runner.input_batch.update_async_output_token_ids()
@@ -172,9 +187,10 @@ def _coupled(
         temperature = metadata.temperature[:requests].float()
         temperature = torch.where(is_greedy(temperature), 0.0, temperature)
     drawn_at = temperature
-    if asks_for_constraints(metadata):
+    if asks_for_constraints(metadata, asked):
         split = draft_ids.cpu().split(counts) if len(draft_ids) else [draft_ids] * requests
-        logits = constrain(logits, metadata, Rows.of([part.tolist() for part in split], logits.device))
+        rows = Rows.of([part.tolist() for part in split], logits.device)
+        logits = constrain(logits, metadata, asked, rows, vocab_limit)
         drawn_at = torch.where(temperature == 0, 0.0, 1.0)  # the logits are already divided by it
     with verify_clock:
         tokens, emitted, logprobs = verify_tokens(
@@ -188,6 +204,14 @@ def _logprobs_tensors(tokens: Tensor, logprobs: Tensor) -> LogprobsTensors:
     flat = tokens.reshape(-1)
     ranks = torch.zeros(len(flat), dtype=torch.int64, device=tokens.device)  # vLLM wants ranks; nobody here reads them
     return LogprobsTensors(flat.clamp(min=0)[:, None], logprobs.reshape(-1, 1), ranks)
+
+
+_stock_validate_spec_decode = SamplingParams._validate_spec_decode
+
+
+def _validate_spec_decode(parameters: SamplingParams, speculative_config: Any) -> None:
+    if SEED_KEY not in (parameters.extra_args or {}):
+        _stock_validate_spec_decode(parameters, speculative_config)
 
 
 def _expand_batch_to_tokens(

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rollout.engine import RolloutEngine
-from rollout.fleet import RolloutFleet, _engine_variables
-from tests.rollout.helpers import VOCAB_LIMIT, make_config, make_environment
+from rollout.fleet import RolloutFleet
+from tests.rollout.helpers import VOCAB_LIMIT, make_config, make_environment, open_engines
 from tests.rollout.tiny_models import make_model
 
 
@@ -88,14 +88,5 @@ class RawEngine:
 @pytest.fixture(scope="session")
 def raw_engine(fleet: RolloutFleet) -> Iterator[RawEngine]:
     """An engine of its own, beside the fleet's."""
-
-    class OpenEngine(RolloutEngine):
-        def apply(self, function: Callable[[RolloutEngine], str]) -> str:
-            return function(self)
-
-    arguments = fleet._arguments
-    variables = {"runtime_env": {"env_vars": _engine_variables(make_environment())}}
-    actor = ray.remote(OpenEngine).options(num_cpus=0, **variables).remote(arguments)
-    ray.get(actor.start.remote())
-    yield RawEngine(actor)
-    ray.kill(actor)
+    with open_engines([fleet._arguments]) as (actor,):
+        yield RawEngine(actor)

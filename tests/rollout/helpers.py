@@ -1,10 +1,15 @@
 """Configurations and requests for the tests of engines and fleets."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from megatron_rl.config import Config
-from rollout.engine import EngineEnvironment
-from rollout.fleet import RolloutFleet
+from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
+from rollout.fleet import RolloutFleet, _engine_variables, _start_ray
 from rollout.records import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 
@@ -61,3 +66,41 @@ def make_requests(
 
 def tokens_by_key(fleet: RolloutFleet, requests: list[RolloutRequest]) -> dict[tuple[str, int], list[int]]:
     return {(r.prompt_id, r.sample_index): r.token_ids for r in fleet.generate(requests)}
+
+
+class OpenEngine(RolloutEngine):
+    """An engine whose insides tests can reach."""
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self, *arguments)
+
+
+@contextmanager
+def open_engines(arguments: list[tuple], **env: str) -> Iterator[list[Any]]:
+    """Ray actors of `OpenEngine`, started side by side."""
+    started_ray = not ray.is_initialized()
+    if started_ray:
+        _start_ray()
+    options = {"runtime_env": {"env_vars": _engine_variables(make_environment(**env))}}
+    actors = [ray.remote(OpenEngine).options(num_cpus=0, **options).remote(*each) for each in arguments]
+    ray.get([actor.start.remote() for actor in actors])
+    yield actors
+    ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=10)
+    for actor in actors:
+        ray.kill(actor)
+    if started_ray:
+        ray.shutdown()
+
+
+def open_arguments(folder: Path, model: Path, vllm: dict | None = None, **rollout: Any) -> tuple:
+    """Arguments of an engine for `open_engines`; `vllm` options go to vLLM as they are, the reserved ones too."""
+    config = make_config(folder, model, **rollout)
+    arguments = engine_arguments(config, make_environment(), str(model)) | {"load_format": "auto"} | (vllm or {})
+    return arguments, config.rollout.verify == "coupled", config.rollout.sampling
+
+
+def generate(actor: Any, requests: list) -> list:
+    """Rollouts in the order of the requests."""
+    rollouts, _ = ray.get(actor.generate_timed.remote(requests))
+    by_key = {(r.prompt_id, r.sample_index): r for r in rollouts}
+    return [by_key[request.prompt_id, request.sample_index] for request in requests]
