@@ -31,7 +31,7 @@ SIMD_FLAGS = {
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/problems.cpp", "csrc/verify_cpu.cpp", "csrc/scan_portable.cpp"]
 if platform.machine() == "x86_64":
     CPU_SOURCES += SIMD_FLAGS
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 
 
 def find_nvcc() -> str | None:
@@ -120,7 +120,7 @@ class BuildNative(build_ext):
 def extensions() -> list[Extension]:
     """The CPU library, and the CUDA library where it can be built."""
     found = [Extension("rollout._verify", CPU_SOURCES)]
-    if find_nvcc() and Path("csrc/verify_cuda.cu").is_file():
+    if find_nvcc():
         found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"]))
     return found
 
