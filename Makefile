@@ -7,7 +7,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
 PACKAGES := .venv/.packages
 READY := .venv/.ready
-NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 SANITIZED := build/sanitize
 BASE_MODEL := runs/arithmetic-sft/hf/config.json
 # More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"

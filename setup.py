@@ -31,7 +31,7 @@ SIMD_FLAGS = {
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/problems.cpp", "csrc/verify_cpu.cpp", "csrc/scan_portable.cpp"]
 if platform.machine() == "x86_64":
     CPU_SOURCES += SIMD_FLAGS
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 
 
 def find_nvcc() -> str | None:
@@ -65,7 +65,8 @@ def run(command: list[str]) -> None:
     except FileNotFoundError:
         raise SystemExit(f"{command[0]} was not found: a C++ compiler is needed to build csrc (or set CXX).") from None
     except subprocess.CalledProcessError:
-        hint = "; MEGATRON_RL_CUDA=0 builds without CUDA" if "nvcc" in Path(command[0]).name else ""
+        for_cuda = any(part.endswith((".cu", ".cu.o")) for part in command)
+        hint = "; MEGATRON_RL_CUDA=0 builds without CUDA" if for_cuda else ""
         raise SystemExit(f"Compiling csrc failed{hint}. The compiler's own messages are above.") from None
 
 
@@ -124,7 +125,7 @@ def extensions() -> list[Extension]:
         Extension("rollout._verify", CPU_SOURCES, libraries=["torch_cpu"]),
         Extension("rollout._ngram", ["csrc/ngram.cpp"]),
     ]
-    if find_nvcc() and Path("csrc/verify_cuda.cu").is_file():
+    if find_nvcc():
         found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"], libraries=["torch_cpu"]))
     return found
 

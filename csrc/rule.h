@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "noise.h"
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
@@ -93,23 +94,33 @@ struct RowResult {
   Problem problem;
 };
 
+HOST_DEVICE float scaled_logit(const VerifyArguments& arguments, int64_t request, int64_t row, int32_t token) {
+  const int64_t index = row * arguments.row_stride + token;
+  float logit;
+  switch (arguments.dtype) {
+    case Dtype::kFloat32: logit = static_cast<const float*>(arguments.logits)[index]; break;
+    case Dtype::kBFloat16: logit = to_float(static_cast<const BFloat16*>(arguments.logits)[index]); break;
+    default: logit = to_float(static_cast<const Half*>(arguments.logits)[index]);
+  }
+  return logit * inverse_temperature(arguments.temperature[request]);
+}
+
 struct Verdict {
   int32_t token;   // to emit
   float scaled;    // its logit / temperature
   bool continues;  // the next row is to be looked at
 };
 
-// The verdict on row `row_of_request` of a request; `draft_scaled` is read only where a draft is there.
-template <class DraftScaled>
+// The verdict on row `row_of_request` of a request.
 HOST_DEVICE Verdict judge(const VerifyArguments& arguments, int64_t request, int64_t row_of_request,
-                          const RowResult& row, DraftScaled draft_scaled) {
+                          const RowResult& row) {
   const int64_t first = arguments.cu_rows[request];
   const bool has_draft = first + row_of_request + 1 < arguments.cu_rows[request + 1];
   if (!has_draft) return {row.token, row.scaled, false};
   const int64_t index = first - request + row_of_request;
   const int32_t draft = arguments.draft_ids[index];
   if (!is_lenient(arguments, request)) return {row.token, row.scaled, row.token == draft};
-  const float scaled = draft_scaled(draft);
+  const float scaled = scaled_logit(arguments, request, first + row_of_request, draft);
   const float now = static_cast<float>(scaled - row.log_normalizer);
   const uint32_t state = row_state(arguments.seeds[request], arguments.positions[request] + row_of_request);
   if (accepts_leniently(now, arguments.draft_logprobs[index], arguments.lenience[request], state)) {

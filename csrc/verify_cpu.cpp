@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "half.h"
 #include "scan.h"
 
 namespace {
@@ -70,20 +69,9 @@ bool check_request(const VerifyArguments& a, int64_t request) {
   return false;
 }
 
-const void* address(const VerifyArguments& a, int64_t row, int64_t token) {
+const void* address_of_row(const VerifyArguments& a, int64_t row) {
   const int64_t size = a.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(Half);
-  return static_cast<const char*>(a.logits) + (row * a.row_stride + token) * size;
-}
-
-float scaled_logit(const VerifyArguments& a, int64_t request, int64_t row, int32_t token) {
-  const void* logit = address(a, row, token);
-  const float inverse = inverse_temperature(a.temperature[request]);
-  switch (a.dtype) {
-    case Dtype::kFloat32: return *static_cast<const float*>(logit) * inverse;
-    case Dtype::kBFloat16: return to_float(*static_cast<const BFloat16*>(logit)) * inverse;
-    case Dtype::kFloat16: return to_float(*static_cast<const Half*>(logit)) * inverse;
-  }
-  __builtin_unreachable();
+  return static_cast<const char*>(a.logits) + row * a.row_stride * size;
 }
 
 RowResult combine(const TileSum* sums, int64_t tiles, const Best* bests, int64_t shares) {
@@ -150,7 +138,7 @@ class Walk {
 
   void scan_share(int64_t request, int64_t row, int64_t place, int64_t share) {
     const float temperature = a_.temperature[request];
-    const RowView view{address(a_, a_.cu_rows[request] + row, 0),
+    const RowView view{address_of_row(a_, a_.cu_rows[request] + row),
                        a_.dtype,
                        a_.vocab,
                        inverse_temperature(temperature),
@@ -170,9 +158,7 @@ class Walk {
       refuse(a_, request, result.problem, row);
       return false;
     }
-    const int64_t logits_row = a_.cu_rows[request] + row;
-    const Verdict verdict = judge(a_, request, row, result,
-                                  [&](int32_t draft) { return scaled_logit(a_, request, logits_row, draft); });
+    const Verdict verdict = judge(a_, request, row, result);
     const int64_t out = request * a_.max_rows + row;
     a_.tokens[out] = verdict.token;
     a_.logprobs[out] = static_cast<float>(verdict.scaled - result.log_normalizer);

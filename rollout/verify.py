@@ -76,8 +76,8 @@ def verify_tokens(
             token that is excluded now. NaN: the coupled rule for this request. Greedy requests accept the argmax alone.
 
     Returns:
-        tokens, their numbers and log-probabilities. They depend on a request's own rows alone, to the last bit: not on
-        the batch or the number of threads.
+        tokens, their numbers and log-probabilities. On CPU they depend on a request's own rows alone, to the last bit:
+        not on the batch or the number of threads. CUDA gives the same tokens.
 
     Raises:
         ValueError: names the argument with a wrong shape, dtype, device or layout; or, on CPU, with wrong data: NaN or

@@ -124,10 +124,7 @@ struct Batch {
       int64_t row = 0;
       for (; continues; ++row) {
         const RowResult result = sample(b, cu_rows[b] + row);
-        const Logit* at = logits.get() + (cu_rows[b] + row) * arguments.row_stride;
-        const Verdict verdict = judge(arguments, b, row, result, [&](int32_t draft) {
-          return to_float(at[draft]) * inverse_temperature(temperature[b]);
-        });
+        const Verdict verdict = judge(arguments, b, row, result);
         const int64_t out = b * arguments.max_rows + row;
         expect(tokens[out] == verdict.token, name + ": token");
         expect(std::fabs(logprobs[out] - (verdict.scaled - result.log_normalizer)) < 1e-4, name + ": log-probability");

@@ -60,8 +60,8 @@ def test_speculation_on_and_off_emit_the_same_tokens(
     ray.get(engines["drafting"].set_speculation.remote(adaptive, int(k)))
     rollouts = generate(engines["drafting"], group_requests())
     assert_same(rollouts, expected)
-    if adaptive != "beg":
-        assert sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources) > 100
+    drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
+    assert drafts > (100 if adaptive == "static" else 10)  # the others choose to draft less
 
 
 def test_switching_in_mid_run_does_not_change_the_tokens(engines: dict[str, Any], expected: list[Rollout]) -> None:
