@@ -122,14 +122,15 @@ def _set_draft_noise(runner: Any, noise: "DraftNoise | None") -> None:
 class DraftNoise:
     """The noise of the drafts that follow a sampling step: the place where each request goes on."""
 
-    def __init__(self, seeds: Tensor, temperature: Tensor, positions: Tensor) -> None:
+    def __init__(self, seeds: Tensor, temperature: Tensor, positions: Tensor, vocab_limit: int | None) -> None:
         self._seeds, self._temperature, self._positions = seeds, temperature, positions
+        self._vocab_limit = vocab_limit
 
     def sample(self, logits: Tensor) -> Int[Tensor, " requests"]:
         """One draft token per request, int64; the next call is for the tokens after them."""
         requests = len(logits)
         tokens, _, _ = verify_tokens(
-            logits,
+            logits[:, : self._vocab_limit],
             torch.arange(requests + 1, dtype=torch.int32, device=logits.device),
             torch.empty(0, dtype=torch.int32, device=logits.device),
             self._temperature[:requests],
@@ -196,7 +197,7 @@ def _coupled(
         tokens, emitted, logprobs = verify_tokens(
             logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
         )
-    _set_draft_noise(runner, DraftNoise(seeds, temperature, positions + emitted))
+    _set_draft_noise(runner, DraftNoise(seeds, temperature, positions + emitted, vocab_limit))
     return SamplerOutput(tokens, _logprobs_tensors(tokens, logprobs))
 
 

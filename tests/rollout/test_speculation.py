@@ -291,9 +291,8 @@ def test_model_drafters_draw_with_the_same_noise(
     by_key = {(r.prompt_id, r.sample_index): r for r in rollouts}
     assert_same([by_key[r.prompt_id, r.sample_index] for r in requests], expected)
     if method == "draft_model":
-        # The drafter is the policy itself: at any temperature it draws the very tokens, except at the ends, where ids
-        # past the tokenizer are not masked for it.
-        assert per_verification > 3.0
+        # The drafter is the policy itself: at any temperature it draws the very tokens. (Some drafts pass an end.)
+        assert per_verification > 3.5
 
 
 def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path, engines: dict[str, Any]) -> None:
