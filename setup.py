@@ -65,7 +65,8 @@ def run(command: list[str]) -> None:
     except FileNotFoundError:
         raise SystemExit(f"{command[0]} was not found: a C++ compiler is needed to build csrc (or set CXX).") from None
     except subprocess.CalledProcessError:
-        hint = "; MEGATRON_RL_CUDA=0 builds without CUDA" if "nvcc" in Path(command[0]).name else ""
+        for_cuda = any(part.endswith((".cu", ".cu.o")) for part in command)
+        hint = "; MEGATRON_RL_CUDA=0 builds without CUDA" if for_cuda else ""
         raise SystemExit(f"Compiling csrc failed{hint}. The compiler's own messages are above.") from None
 
 
