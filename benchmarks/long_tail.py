@@ -10,9 +10,9 @@ import statistics
 from pathlib import Path
 
 import ray
+
 from _common import Arguments, finish
 from _model import long_tailed_lengths
-
 from megatron_rl.bench import PLAIN, SpeculationBench, Turn, compare, speeds
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.plots import speculation_timeline

@@ -17,8 +17,8 @@ from megatron_rl import device
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import read_hf_config
 from megatron_rl.data.prompts import load_prompts
-from megatron_rl.experiment import load_tokenizer
 from megatron_rl.results import publish
+from megatron_rl.start import load_tokenizer
 from rollout.adaptive import make_arms
 from rollout.fleet import RolloutFleet
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
@@ -47,7 +47,9 @@ class SpeculationBench:
             ConfigError: when the model or the prompts cannot be used, or speculation is off.
         """
         if config.rollout.speculation.adaptive == "off":
-            raise ConfigError("rollout.speculation.adaptive=off leaves nothing to compare; choose static, beg or model.")
+            raise ConfigError(
+                "rollout.speculation.adaptive=off leaves nothing to compare; choose static, beg or model."
+            )
         self.config = config
         hf_config = read_hf_config(config.model.path)
         tokenizer = load_tokenizer(config.model.path)

@@ -109,7 +109,9 @@ def bench_speculative(
     config: ConfigFile,
     overrides: Overrides = None,
     batches: Annotated[str, typer.Option("--batches", help="Live requests, separated by commas.")] = "1,2,4,8,16,32,64",
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Response length; default: rollout.max_tokens.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Response length; default: rollout.max_tokens.")
+    ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", help="Measured rounds per batch size.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Three batch sizes, two rounds: under a minute.")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE.")] = None,

@@ -93,7 +93,9 @@ def make_arms(drafters: Sequence[str], max_draft_tokens: int) -> list[Arm]:
     Raises ConfigError for no drafter, a repeated one, or a limit below 1.
     """
     if not drafters or len(set(drafters)) < len(drafters):
-        raise ConfigError(f"rollout.speculation.drafters={list(drafters)} must name each drafter once, and at least one.")
+        raise ConfigError(
+            f"rollout.speculation.drafters={list(drafters)} must name each drafter once, and at least one."
+        )
     if max_draft_tokens < 1:
         raise ConfigError(f"rollout.speculation.max_draft_tokens={max_draft_tokens} must be 1 or more.")
     sizes = [1 << power for power in range(max_draft_tokens.bit_length()) if 1 << power < max_draft_tokens]
@@ -155,8 +157,8 @@ class _Holding:
     def decide(self, bucket: int, rates: Mapping[Arm, float]) -> Arm:
         """The best arm, or the current one when that is nearly as good."""
         best = max(rates, key=lambda arm: (rates[arm], -arm.k))
-        current = self._current.get(bucket)
-        if current in rates and rates[best] < rates[current] * SWITCH_GAIN:
+        current = self._current.get(bucket, PLAIN)
+        if rates[best] < rates[current] * SWITCH_GAIN:
             best = current
         return self.take(bucket, best)
 
@@ -249,9 +251,7 @@ class Acceptance:
         """Expected accepted tokens of k drafts, with the chances drawn from their posterior."""
         total, reach = 0.0, 1.0
         for place in range(k):
-            hits, tries = (
-                (self._accepted[place], self._tried[place]) if place < len(self._tried) else (1.0, 2.0)
-            )
+            hits, tries = (self._accepted[place], self._tried[place]) if place < len(self._tried) else (1.0, 2.0)
             reach *= draw.betavariate(hits, tries - hits)
             total += reach
         return total

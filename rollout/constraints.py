@@ -97,7 +97,8 @@ def refuse_unsupported(metadata: SamplingMetadata) -> None:
     }
     if unsupported := [name for name, present in asked.items() if present]:
         raise ValueError(
-            f"Coupled sampling does not support {'; '.join(unsupported)}: leave it out, or send the request without a seed."
+            f"Coupled sampling does not support {'; '.join(unsupported)}: "
+            "leave it out, or send the request without a seed."
         )
 
 

@@ -67,7 +67,9 @@ def check_sampling_options(options: dict[str, Any]) -> None:
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(SUPPORTED)}."
             raise ConfigError(f"rollout.sampling.{name} is not supported; {hint}")
     if "bad_words" in options:
-        raise ConfigError("rollout.sampling.bad_words needs a tokenizer in the engine, which gets token ids; leave it out.")
+        raise ConfigError(
+            "rollout.sampling.bad_words needs a tokenizer in the engine, which gets token ids; leave it out."
+        )
     try:
         SamplingParams(**options)
     except (ValueError, TypeError) as error:

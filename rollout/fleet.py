@@ -68,7 +68,11 @@ class RolloutFleet:
         started them. Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
         rollout = config.rollout
-        self._arguments = (engine_arguments(config, environment, model_path), rollout.verify == "coupled", rollout.sampling)
+        self._arguments = (
+            engine_arguments(config, environment, model_path),
+            rollout.verify == "coupled",
+            rollout.sampling,
+        )
         self._environment = environment
         self.workers_per_engine = config.rollout.tp_size
         self._max_restarts = config.rollout.max_restarts

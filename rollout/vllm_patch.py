@@ -103,9 +103,7 @@ def _replace_sampling(vocab_limit: int | None) -> None:
 def _replace_draft_sampling() -> None:
     stock_sample_drafts = SpecDecodeBaseProposer._sample_draft_tokens
 
-    def sample_drafts(
-        proposer: Any, hidden_states: Tensor, metadata: SamplingMetadata
-    ) -> tuple[Tensor, Tensor | None]:
+    def sample_drafts(proposer: Any, hidden_states: Tensor, metadata: SamplingMetadata) -> tuple[Tensor, Tensor | None]:
         noise: DraftNoise | None = getattr(proposer, DRAFT_NOISE, None)
         if noise is None or proposer.use_heterogeneous_vocab:
             return stock_sample_drafts(proposer, hidden_states, metadata)

@@ -216,10 +216,10 @@ class Train(Section):
 class Speculation(Section):
     """Drafts that the engines verify: they change how fast tokens come, never which."""
 
-    drafters: list[Literal["ngram"]] = Field(default_factory=lambda: ["ngram"])
+    drafters: list[Literal["ngram"]] = ["ngram"]
     """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other."""
     adaptive: Literal["off", "static", "beg", "model"] = "model"
-    """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens per second
+    """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens a second
     (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
     max_draft_tokens: int = Field(8, ge=1, le=64)
     """Most draft tokens per request and step."""

@@ -50,9 +50,7 @@ class Machine:
         for number in range(steps):
             expected = {}
             if self.tells:
-                expected = {
-                    arm: (batch * arm.k, self.emitted(batch, arm.k) - batch) for arm in ARMS if arm.k
-                }
+                expected = {arm: (batch * arm.k, self.emitted(batch, arm.k) - batch) for arm in ARMS if arm.k}
             arm = controller.choose(batch, expected)
             chosen.append(arm)
             noise = self.random.gauss(1.0, 0.03)

@@ -320,9 +320,7 @@ def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_two_tensor_parallel_parts_emit_the_same_tokens(
-    expected: list[Rollout], model: Path, tmp_path: Path
-) -> None:
+def test_two_tensor_parallel_parts_emit_the_same_tokens(expected: list[Rollout], model: Path, tmp_path: Path) -> None:
     arguments = [
         open_arguments(tmp_path, model, tp_size=2, speculation={"adaptive": adaptive}) for adaptive in ("off", "model")
     ]

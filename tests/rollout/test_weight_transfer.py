@@ -157,7 +157,7 @@ def test_a_segment_left_by_a_killed_run_is_replaced_and_none_remains(
 
 def test_a_sync_is_refused_while_requests_are_running(fleet: RolloutFleet, model: Path, tmp_path: Path) -> None:
     sync = connected(fleet, StateDictSource(_load(model)), segment_name(str(tmp_path)))
-    stream = fleet.generate(make_requests(240, max_tokens=60)  # more than one poll can finish)
+    stream = fleet.generate(make_requests(240, max_tokens=60))  # more than one poll can finish
     next(stream)
     with pytest.raises(RuntimeError, match="still running"):
         sync.sync()
