@@ -11,9 +11,9 @@ from megatron_rl import device
 from megatron_rl.config import Config
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
-from megatron_rl.experiment import load_tokenizer
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.scratch import make_scratch_model
+from megatron_rl.start import load_tokenizer
 from megatron_rl.trainer import Trainer
 from megatron_rl.weight_sync import WeightSync
 from rollout.fleet import RolloutFleet

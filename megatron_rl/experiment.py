@@ -1,33 +1,28 @@
 """Everything a run is made of: built at the start, saved, resumed, reported and taken down."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_rl import device
 from megatron_rl.algorithms import mismatch_metrics
 from megatron_rl.batch import Batch
-from megatron_rl.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from megatron_rl.config import Config, ConfigError, save_config
-from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.generation import Generator
 from megatron_rl.metrics import MetricsLogger
-from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import export_hf
 from megatron_rl.report import write_report
+from megatron_rl.start import begin
 from megatron_rl.trainer import Policy, Progress, Trainer
 from megatron_rl.weight_sync import WeightSync
 from rollout.fleet import RolloutFleet
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -56,20 +51,6 @@ class Clock:
         return time.perf_counter() - self._started
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: when `path` has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
-
-
 class Experiment:
     """The parts of a run. On ranks other than the driver there is no fleet, generator or logger."""
 
@@ -81,15 +62,8 @@ class Experiment:
         """
         self.config, self.runtime = config, runtime
         self.clock, self.console = Clock(), Console(runtime.is_driver)
-        check_layout(config, read_hf_config(config.model.path), runtime.world_size)
-        resumed = _step_to_resume(config)
-        if runtime.is_driver:
-            logging.basicConfig(level=logging.WARNING, format="%(message)s")
-            save_config(config, Path(config.run_dir) / "config.yaml")
-        tokenizer = load_tokenizer(config.model.path)
-        arch = Architecture.from_folder(config.model.path)
-        vocab_limit = min(len(tokenizer), arch.vocab_size)
-        environment = device.engine_environment(config, vocab_limit)
+        start = begin(config, runtime)
+        environment = device.engine_environment(config, start.vocab_limit)
         self.coordinator = Coordinator(runtime)
         self.weight_sync: WeightSync
         self.fleet: RolloutFleet | None = None
@@ -102,23 +76,21 @@ class Experiment:
                 on_restart=lambda engine: self.weight_sync.restore(engine),
                 wait=False,
             )
-        temperature = config.rollout.temperature
-        self.trainer = Trainer(config, runtime, arch, vocab_limit, temperature)
-        self.reference = None
-        if config.algorithm.kl.coef > 0:
-            self.reference = Policy(config, runtime, arch, vocab_limit, temperature)
-        if resumed:
-            load_checkpoint(self.trainer, config.run_dir, resumed)
-            self.console.info(f"resuming after step {resumed} from {config.run_dir}")
-        self.first_step = resumed + 1
+        model = (start.arch, start.vocab_limit, config.rollout.temperature)
+        self.trainer = Trainer(config, runtime, *model)
+        self.reference = Policy(config, runtime, *model) if config.algorithm.kl.coef > 0 else None
+        if start.resumed:
+            load_checkpoint(self.trainer, config.run_dir, start.resumed)
+            self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
+        self.first_step = start.resumed + 1
         if self.fleet is not None:
             self.fleet.wait_until_up()
-            self.generator = Generator(config, tokenizer, self.fleet, self.console)
-            self._logger = MetricsLogger(config, start_step=self.first_step if resumed else 0)
+            self.generator = Generator(config, start.tokenizer, self.fleet, self.console)
+            self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
         self.weight_sync = WeightSync(
             config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
         )
-        self.weight_sync.sync(resumed)
+        self.weight_sync.sync(start.resumed)
 
     def __enter__(self) -> "Experiment":
         return self
@@ -194,20 +166,3 @@ class Experiment:
             self.console.info(f"the trained model is in {run_dir / 'hf'}")
         if self.runtime.is_driver and self.config.track.report:
             self.console.info(f"the report is in {write_report(run_dir)}")
-
-
-def _step_to_resume(config: Config) -> int:
-    """Steps already done by an earlier run in `run_dir`.
-
-    Raises:
-        ConfigError: with `checkpoint.resume=never` when there is a checkpoint.
-    """
-    step = latest_step(config.run_dir)
-    if step is None:
-        return 0
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"run_dir={config.run_dir!r} holds a checkpoint of step {step} and checkpoint.resume=never; choose another "
-            "run_dir, remove it, or set checkpoint.resume=auto."
-        )
-    return step

@@ -1,6 +1,5 @@
 """Supervised fine-tuning on demonstrations, by the same trainer; it prepares base models for RL."""
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,16 @@ import torch
 
 from megatron_rl import device
 from megatron_rl.batch import Batch
-from megatron_rl.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from megatron_rl.config import Config, ConfigError, save_config
-from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.config import Config, ConfigError
 from megatron_rl.console import Console
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
-from megatron_rl.experiment import load_tokenizer
 from megatron_rl.metrics import MetricsLogger
-from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import export_hf
 from megatron_rl.scratch import make_scratch_model
-from megatron_rl.train import is_due
-from megatron_rl.trainer import Trainer
+from megatron_rl.start import begin
+from megatron_rl.trainer import Trainer, is_due
 
 PROGRESS_EVERY = 25
 
@@ -37,34 +33,29 @@ def run(config: Config) -> None:
     if runtime.is_driver and config.model.scratch is not None and not (folder / "config.json").exists():
         make_scratch_model(folder, config.model.scratch)
     torch.distributed.barrier()
-    check_layout(config, read_hf_config(config.model.path), runtime.world_size)
-    tokenizer = load_tokenizer(config.model.path)
-    arch = Architecture.from_folder(folder)
-    prompts = load_prompts(config.data.train, config.data, tokenizer, config.data.split, False, needs="response")
-    responses = _encode_responses(prompts, tokenizer)
+    start = begin(config, runtime)
+    prompts = load_prompts(config.data.train, config.data, start.tokenizer, config.data.split, False, needs="response")
+    responses = _encode_responses(prompts, start.tokenizer)
     longest = max(len(prompt.token_ids) + len(ids) for prompt, ids in zip(prompts, responses, strict=True))
-    if longest > min(arch.max_positions, config.train.tokens_per_microbatch):
+    if longest > min(start.arch.max_positions, config.train.tokens_per_microbatch):
         raise ConfigError(
             f"data.train={config.data.train!r} has a demonstration of {longest} tokens with its prompt; the model "
-            f"takes {arch.max_positions} and train.tokens_per_microbatch is {config.train.tokens_per_microbatch}."
+            f"takes {start.arch.max_positions} and train.tokens_per_microbatch is {config.train.tokens_per_microbatch}."
         )
-    trainer = Trainer(config, runtime, arch, min(len(tokenizer), arch.vocab_size), temperature=1.0)
-    resumed = latest_step(config.run_dir) or 0
-    if resumed:
-        load_checkpoint(trainer, config.run_dir, resumed)
-    _loop(trainer, prompts, responses, resumed)
+    trainer = Trainer(config, runtime, start.arch, start.vocab_limit, temperature=1.0)
+    if start.resumed:
+        load_checkpoint(trainer, config.run_dir, start.resumed)
+    _loop(trainer, prompts, responses, start.resumed)
     export_hf(trainer.weights, config.model.path, Path(config.run_dir) / "hf")
     device.shutdown()
 
 
 def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int) -> None:
     config, driver = trainer.config, trainer.runtime.is_driver
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     console = Console(driver)
-    logger = None
-    if driver:
-        save_config(config, Path(config.run_dir) / "config.yaml")
-        logger = MetricsLogger(config, resumed + 1)
+    if resumed:
+        console.info(f"resuming after step {resumed} from {config.run_dir}")
+    logger = MetricsLogger(config, resumed + 1) if driver else None
     order = PromptOrder(len(prompts), config.train.prompts_per_step, config.data.seed)
     steps, window = config.train.steps, (time.perf_counter(), 0)
     with console.phase("imitating", steps - resumed) as phase:

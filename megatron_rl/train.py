@@ -10,6 +10,7 @@ from megatron_rl.algorithms import grpo_advantages
 from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
 from megatron_rl.experiment import Experiment
+from megatron_rl.trainer import is_due
 
 Metrics = dict[str, float]
 
@@ -67,8 +68,3 @@ def evaluate(experiment: Experiment, step: int) -> Metrics:
     """Accuracy on the held-out sets, measured by the fleet; the metrics on the driver."""
     experiment.coordinator.drive(lambda: experiment.generator.evaluate(step))
     return experiment.generator.metrics if experiment.runtime.is_driver else {}
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) and after the last one happens now."""
-    return step == last or (every > 0 and step % every == 0)

@@ -49,6 +49,11 @@ def learning_rate(train: Train, update: int, total_updates: int) -> float:
     return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * share)
 
 
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and after the last one happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class Policy:
     """A model for forward passes: the frozen reference, or the base of the trained policy."""
 

@@ -8,9 +8,9 @@ import pytest
 from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.data.prompts import load_prompts
-from megatron_rl.experiment import load_tokenizer
 from megatron_rl.generation import Generator
 from megatron_rl.scratch import make_scratch_model
+from megatron_rl.start import load_tokenizer
 from rollout.records import Rollout, RolloutRequest
 
 
