@@ -1,6 +1,6 @@
 """The trainer's update with packed sequences beside padded ones, and how far its log-probs are from the engine's.
 
-    python -m benchmarks.train_step [--quick] [--json FILE]
+    python benchmarks/train_step.py [--quick] [--json FILE]
 
 `packing_vs_padding` compares real tokens per second of the same update on the same long-tailed responses: packed into
 rows of `tokens_per_microbatch`, or each filled up to the longest of the batch. `logprob_gap_mean` is the mean
@@ -9,8 +9,8 @@ rows of `tokens_per_microbatch`, or each filled up to the longest of the batch. 
 
 import torch
 
-from benchmarks._common import finish, measure, parse_arguments
-from benchmarks._model import Bench, build, long_tailed_lengths, requests
+from _common import finish, measure, parse_arguments
+from _model import Bench, build, long_tailed_lengths, requests
 from megatron_rl.batch import Batch, with_values
 
 MODEL = {"hidden_size": 192, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32, "ffn_hidden_size": 512}

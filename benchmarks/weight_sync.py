@@ -1,6 +1,6 @@
 """Weight sync from the trainer to a running vLLM engine, beside a plain memory copy of the same bytes.
 
-    python -m benchmarks.weight_sync [--quick] [--json FILE]
+    python benchmarks/weight_sync.py [--quick] [--json FILE]
 
 `sync_vs_memcpy` is the sync's GB/s over the copy's. A sync writes the trainer's shards to shared memory, then the
 engine loads them: split into its fused projections and packed for its kernels.
@@ -8,8 +8,8 @@ engine loads them: split into its fused projections and packed for its kernels.
 
 import torch
 
-from benchmarks._common import finish, measure, parse_arguments
-from benchmarks._model import build
+from _common import finish, measure, parse_arguments
+from _model import build
 
 SMALL = {"hidden_size": 384, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64, "ffn_hidden_size": 1536}
 LARGE = {"hidden_size": 1024, "layers": 16, "heads": 16, "kv_heads": 8, "head_dim": 64, "ffn_hidden_size": 4096}
