@@ -68,7 +68,7 @@ def main() -> None:
         lambda number: bench.requests(REQUESTS, number, lengths, SAMPLES, ignore_eos=True),
         repetitions=2 if arguments.quick else 7,
         first_round=0,
-        warmups=2,
+        warmups=3,
     )
     timeline = ray.get(bench.drafting.call(0, "speculation_timeline"))
     bench.close()

@@ -189,7 +189,8 @@ def _silence_known_warnings() -> None:
     """megatron-core says at import that Transformer Engine and Apex are missing, which `doctor` says better."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", message=".*is not a leaf Tensor", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.")
+    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor", category=FutureWarning)
 
 
 def _report(failure: "ChildFailedError") -> int:

@@ -53,6 +53,8 @@ def run(config: Config) -> None:
 def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int) -> None:
     config, driver = trainer.config, trainer.runtime.is_driver
     console = Console(driver)
+    if resumed:
+        console.info(f"resuming after step {resumed} from {config.run_dir}")
     logger = MetricsLogger(config, resumed + 1) if driver else None
     order = PromptOrder(len(prompts), config.train.prompts_per_step, config.data.seed)
     steps, window = config.train.steps, (time.perf_counter(), 0)
