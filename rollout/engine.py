@@ -106,7 +106,7 @@ def _speculation_arguments(config: Config) -> dict[str, Any]:
     return {
         "speculative_config": {
             "method": "custom_class",
-            "model": "rollout.scheduler.NoDrafts",
+            "model": "rollout.no_drafts.NoDrafts",
             "num_speculative_tokens": speculation.max_draft_tokens,
         },
         "scheduler_cls": "rollout.scheduler.SpeculativeScheduler",

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from rollout.adaptive import PLAIN, Arm, Controller, Step, make_arms, make_controller
+from rollout.adaptive import PLAIN, Arm, Controller, Step, bucket_of, make_arms, make_controller
 from rollout.ngram import NgramDrafter
 from rollout.records import SpeculationCounts
 
@@ -22,20 +22,8 @@ SETTINGS = "megatron_rl_speculation"  # key of vLLM's additional_config
 GROUP_KEY = "group"  # in SamplingParams.extra_args: requests of one group are samples of one prompt
 NGRAM = "ngram"
 TIMELINE_STEPS = 4096
-
-
-class NoDrafts:
-    """vLLM's worker-side proposer (`method: custom_class`) for drafts that the scheduler makes."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        """`vllm_config` is what vLLM passes to every proposer."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """There is none."""
-
-    def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        """One empty draft per request."""
-        return [[]] * len(sampled_token_ids)
+# Where drafts have not paid for a while, making and weighing them at every step would be all they cost.
+PATIENCE, LOOK_EVERY = 16, 4
 
 
 @dataclass
@@ -62,6 +50,7 @@ class SpeculativeScheduler(Scheduler):
         self._numbers: dict[str, int] = {}  # request id -> number in the drafter
         self._accepted: dict[str, list[int]] = {}  # request id -> places of accepted drafts in its output
         self._started = 0
+        self._plain_steps = 0  # steps in a row without a draft
         self._under_way: _Running | None = None
         self._last: tuple[_Running, int, int] | None = None  # a step whose time is not known yet: emitted, accepted
         self.timeline: deque[tuple[float, int, str, int]] = deque(maxlen=TIMELINE_STEPS)
@@ -112,6 +101,10 @@ class SpeculativeScheduler(Scheduler):
 
     def _propose(self) -> Arm:
         """Give each decoding request its draft; returns the arm that was chosen."""
+        if self._plain_steps >= PATIENCE and self._plain_steps % LOOK_EVERY:
+            self._plain_steps += 1
+            self.controller.counts[bucket_of(len(self.running)), PLAIN] += 1
+            return PLAIN
         ready = [request for request in self.running if not request.is_prefill_chunk]
         if not ready:
             return PLAIN
@@ -122,7 +115,9 @@ class SpeculativeScheduler(Scheduler):
         drafted, accepted = drafts.drafted.tolist(), drafts.accepted.tolist()
         arm = self.controller.choose(len(ready), {arm: (drafted[arm.k], accepted[arm.k]) for arm in self._arms})
         if arm.k == 0 or drafted[arm.k] == 0:
+            self._plain_steps += 1
             return arm
+        self._plain_steps = 0
         budget = self.max_num_scheduled_tokens - len(ready)
         lengths = drafts.lengths[: len(ready)].tolist()
         for request, draft, length in zip(ready, drafts.tokens[: len(ready)].tolist(), lengths, strict=True):
@@ -137,7 +132,7 @@ class SpeculativeScheduler(Scheduler):
         return max(length - request.num_tokens - 1, 0)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """The workers' own drafts; there are none, see `NoDrafts`."""
+        """The workers' own drafts; there are none, see `rollout.no_drafts`."""
 
     def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> Any:
         under_way, self._under_way = self._under_way, None

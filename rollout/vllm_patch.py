@@ -1,4 +1,4 @@
-"""The one place that changes vLLM. Four functions, all about which token is sampled:
+"""The one place that changes vLLM. Five functions, all about which token is sampled, or when:
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
@@ -6,6 +6,8 @@
 - `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.verify: rejection`: vLLM 0.32 leaves its result
   uninitialised there, which gives drafts the wrong temperature.
 
+- `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft. (Where
+  the scheduler drafts, see `rollout.no_drafts`; a model that drafts has to see every step.)
 - `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
   lacks them; ours does not.
 
@@ -15,6 +17,7 @@ input token.
 """
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -31,6 +34,7 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
+from rollout.no_drafts import NoDrafts
 from rollout.verify import verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
@@ -78,6 +82,7 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
         return
     _replace_sampling(vocab_limit)
     _replace_draft_sampling()
+    _replace_execute_model()
     SamplingParams._validate_spec_decode = _validate_spec_decode
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
@@ -115,6 +120,19 @@ def _replace_draft_sampling() -> None:
 def _set_draft_noise(runner: Any, noise: "DraftNoise | None") -> None:
     if (proposer := getattr(runner, "drafter", None)) is not None:
         setattr(proposer, DRAFT_NOISE, noise)
+
+
+def _replace_execute_model() -> None:
+    stock_execute_model = GPUModelRunner.execute_model
+
+    def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(runner, "drafter", None), NoDrafts):
+            drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
+            runner.speculative_config = runner.vllm_config.speculative_config if drafts else None
+            runner.effective_drafter_max_model_len = sys.maxsize  # no drafter has a length to run out of
+        return stock_execute_model(runner, scheduler_output, *args, **kwargs)
+
+    GPUModelRunner.execute_model = execute_model
 
 
 class DraftNoise:
