@@ -142,6 +142,9 @@ def bench_speculative(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of a table (one per batch size and variant) and the ratios of adaptive speculation.
 
+    Columns: tokens per second; the same relative to plain decoding (median over rounds); tokens per verification;
+    accepted share of the drafts; shares of time in drafting, verification and all else; responses equal to plain ones.
+
     Args:
         config: the experiment; `rollout.speculation.adaptive` is the rule that is compared with every fixed k.
         batches: live requests, constant during a turn because all responses have the same length.
@@ -190,14 +193,14 @@ def _row(batch: int, variant: str, turns: list[Turn], relative: float, plain: li
     return {
         "batch": batch,
         "variant": variant,
-        "tokens/s": round(tokens / seconds),
+        "tok/s": round(tokens / seconds),
         "vs plain": relative,
-        "tokens/verification": sum(c.emitted for c in counts) / verifications if verifications else 1.0,
-        "accepted share of drafts": sum(c.accepted for c in counts) / max(sum(c.drafted for c in counts), 1),
-        "draft time": draft,
-        "verify time": verify,
-        "target time": 1 - draft - verify,
-        "same tokens": f"{same}/{sum(len(turn.rollouts) for turn in turns)}",
+        "tok/verify": sum(c.emitted for c in counts) / verifications if verifications else 1.0,
+        "accepted": sum(c.accepted for c in counts) / max(sum(c.drafted for c in counts), 1),
+        "draft": f"{draft:.1%}",
+        "verify": f"{verify:.1%}",
+        "target": f"{1 - draft - verify:.1%}",
+        "same": f"{same}/{sum(len(turn.rollouts) for turn in turns)}",
     }
 
 

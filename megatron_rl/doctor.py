@@ -35,6 +35,7 @@ def examine(terminal: Terminal | None = None) -> list[Finding]:
         *torch_and_devices(),
         *trainer_packages(),
         *engine_packages(),
+        native_kernels(),
         *import_breakers(),
         *cpu(),
     ]
@@ -105,6 +106,16 @@ def required(name: str) -> Finding:
     if installed == tested or installed.startswith(tested.rstrip(".") + "."):
         return Finding(name, installed, "tested version")
     return Finding(name, installed, f"not the tested version ({tested.rstrip('.')}); it may work", "note")
+
+
+def native_kernels() -> Finding:
+    """The libraries that `setup.py` builds."""
+    status, output = probe(
+        "import rollout.ngram, rollout.verify; rollout.ngram.NgramDrafter(1, 1 << 16); print('load')"
+    )
+    if status != 0:
+        return Finding("native kernels", "broken", f"no rollouts ({output})", "problem")
+    return Finding("native kernels", output, "verification of drafts, n-gram drafts")
 
 
 def import_breakers() -> list[Finding]:

@@ -42,8 +42,17 @@ def test_a_probe_that_dies_is_reported_not_raised() -> None:
     assert doctor.probe("print(1 + 1)") == (0, "2")
 
 
+def test_kernels_that_were_not_built_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = "ImportError: The native library rollout/_verify.so has not been built: run `make setup`"
+    monkeypatch.setattr(doctor, "probe", lambda program: (1, remedy))
+    row = doctor.native_kernels()
+    assert row.state == "problem" and "make setup" in row.meaning
+
+
 def test_this_machine_is_examined_with_its_environment() -> None:
     out = io.StringIO()
     findings = doctor.examine(Terminal(file=out, width=160))
-    assert {"Python", "torch", "megatron-core", "ray", "CPU cores"} <= {finding.subject for finding in findings}
+    assert {"Python", "torch", "megatron-core", "ray", "native kernels", "CPU cores"} <= {
+        finding.subject for finding in findings
+    }
     assert "OMP_NUM_THREADS" in out.getvalue()

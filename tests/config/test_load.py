@@ -167,3 +167,13 @@ def test_the_config_package_does_not_import_torch():
         "sys.exit(bool({'torch', 'vllm', 'ray', 'transformers', 'megatron'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_bare_off_is_understood(tmp_path: Path) -> None:
+    """YAML 1.1 reads `off` as false."""
+    file = tmp_path / "x.yaml"
+    file.write_text("model: {path: m}\nrun_dir: r\nrollout: {speculation: {adaptive: off}}\n")
+    assert load_config(file, []).rollout.speculation.adaptive == "off"
+    assert load_config(file, ["rollout.speculation.adaptive=beg"]).rollout.speculation.adaptive == "beg"
+    with pytest.raises(ConfigError, match=r"rollout\.speculation\.adaptive"):
+        load_config(file, ["rollout.speculation.adaptive=best"])
