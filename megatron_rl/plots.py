@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 Records = list[dict[str, float]]
 
@@ -159,7 +159,7 @@ def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -
             times, batches = zip(*chosen, strict=True)
             axes.scatter(times, batches, s=7, color=ARM_COLOURS[place % len(ARM_COLOURS)], label=arm, linewidths=0)
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.legend(loc="best", title="choice", markerscale=2.5)
 
 

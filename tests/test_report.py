@@ -10,7 +10,8 @@ import yaml
 from rich.console import Console as Terminal
 
 from megatron_rl.metrics import METRICS_FILE
-from megatron_rl.report import accuracy_rows, print_summary, time_rows, write_report
+from megatron_rl.plots import speculation_timeline
+from megatron_rl.report import accuracy_rows, print_summary, speculation_line, time_rows, write_report
 
 EVAL = "eval/arithmetic-heldout/greedy_accuracy"
 
@@ -26,6 +27,7 @@ def full_run() -> list[dict]:
         record = {"step": step, "reward/mean": 0.2 * step, "reward/std": 0.1, "response/length_mean": 40.0}
         record |= {f"response/length_p{p}": 30.0 + p / 10 for p in (5, 25, 50, 75, 95)}
         record |= {"logprob_gap/mean": 1e-6, "logprob_gap/max": 1e-5}
+        record |= {"speculation/draft_token_share": 0.1 * step, "speculation/tokens_per_verification": 1 + 0.2 * step}
         record |= {"time/generate": 2.0, "time/update": 1.0, "time/step": 4.0}
         records.append(record)
     records[-1][EVAL] = 0.75
@@ -40,7 +42,7 @@ def test_the_report_has_tables_and_readable_plots(tmp_path: Path) -> None:
     assert "| generate | 8.0 s | 2.00 s | 50% |" in text
     assert "| `train.lr` | 0.5 |" in text
     assert "Not shown" not in text
-    for name in ("reward", "accuracy", "length", "logprob_gap", "time"):
+    for name in ("reward", "accuracy", "length", "logprob_gap", "time", "speculation"):
         assert f"(report-{name}.png)" in text
         image = matplotlib.image.imread(tmp_path / f"report-{name}.png")
         assert image.shape[1] > 600
@@ -94,3 +96,16 @@ def test_the_summary_names_the_change(tmp_path: Path, records: list[dict], expec
     out = io.StringIO()
     print_summary(tmp_path, Terminal(file=out, width=100))
     assert expected in out.getvalue()
+
+
+def test_speculation_is_one_sentence(tmp_path: Path) -> None:
+    write_run(tmp_path, full_run())
+    sentence = "25% of the generated tokens came from drafts, 1.50 tokens per verification."
+    assert sentence in write_report(tmp_path).read_text()
+    assert speculation_line([{"step": 1.0}]) == ""
+
+
+def test_the_timeline_is_drawn(tmp_path: Path) -> None:
+    steps = [(0.1 * number, max(64 >> number, 1), "plain" if number < 3 else "ngram:8", 64) for number in range(9)]
+    speculation_timeline(steps, tmp_path / "timeline.png")
+    assert matplotlib.image.imread(tmp_path / "timeline.png").std() > 0
