@@ -20,10 +20,12 @@ from megatron_rl.data.prompts import load_prompts
 from megatron_rl.results import publish
 from megatron_rl.start import load_tokenizer
 from rollout.adaptive import make_arms
+from rollout.engine import TimedGeneration
 from rollout.fleet import RolloutFleet
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 PLAIN = "plain"
+WAVES = 3  # requests per live one: as one ends, the next begins
 
 
 @dataclasses.dataclass
@@ -34,7 +36,7 @@ class Turn:
     seconds: float
     rollouts: list[Rollout]
     counts: SpeculationCounts | None
-    verify_seconds: float
+    verify_share: float
 
 
 class SpeculationBench:
@@ -87,19 +89,26 @@ class SpeculationBench:
             )
         return chosen
 
-    def turn(self, variant: str, requests: list[RolloutRequest]) -> Turn:
-        """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:K`."""
+    def turn(self, variant: str, requests: list[RolloutRequest], concurrency: int | None = None) -> Turn:
+        """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:K`.
+
+        With `concurrency` so many requests are live at a time, and only that time counts: what drafts do at the end,
+        when some requests have run ahead of others, belongs to smaller batch sizes.
+        """
         fleet = self._plain if variant == PLAIN else self.drafting
         if variant != PLAIN:
             rule, _, k = variant.partition(":")
             most = int(k) if k else self.config.rollout.speculation.max_draft_tokens
             ray.get(fleet.call(0, "set_speculation", rule, most))
         ray.get(fleet.call(0, "take_verify_seconds"))
-        rollouts, seconds = ray.get(fleet.call(0, "generate_timed", requests))
+        timed: TimedGeneration = ray.get(fleet.call(0, "generate_timed", requests, concurrency))
         counts = fleet.take_speculation_counts()
         verify_seconds = ray.get(fleet.call(0, "take_verify_seconds"))
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-        return Turn(tokens, seconds, rollouts, counts[0] if counts else None, verify_seconds)
+        tokens, seconds = sum(len(rollout.token_ids) for rollout in timed.rollouts), timed.seconds
+        if concurrency is not None:
+            tokens, seconds = timed.full_tokens, timed.full_seconds
+        verify_share = verify_seconds / timed.seconds
+        return Turn(tokens, seconds, timed.rollouts, counts[0] if counts else None, verify_share)
 
     def close(self) -> None:
         """Stop the engines."""
@@ -114,13 +123,14 @@ def compare(
     repetitions: int,
     first_round: int,
     warmups: int = 1,
+    concurrency: int | None = None,
 ) -> dict[str, list[Turn]]:
     """Interleaved turns of all variants on the same requests; the first `warmups` rounds are not kept."""
     turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
     for repetition in range(-warmups, repetitions):
         requests = make_requests(first_round + repetition + warmups)
         for variant in variants:
-            turn = bench.turn(variant, requests)
+            turn = bench.turn(variant, requests, concurrency)
             if repetition >= 0:
                 turns[variant].append(turn)
     return turns
@@ -147,26 +157,27 @@ def bench_speculative(
 
     Args:
         config: the experiment; `rollout.speculation.adaptive` is the rule that is compared with every fixed k.
-        batches: live requests, constant during a turn because all responses have the same length.
-        tokens: response length.
+        batches: live requests.
+        tokens: the longest response; the shortest has half of it.
         repetitions: measured rounds.
 
     Raises:
         ConfigError: see `SpeculationBench`.
     """
     speculation = config.rollout.speculation
-    bench = SpeculationBench(config)
+    longer = config.rollout.model_copy(update={"max_tokens": tokens})
+    bench = SpeculationBench(config.model_copy(update={"rollout": longer}))
     fixed = [f"static:{arm.k}" for arm in make_arms(speculation.drafters, speculation.max_draft_tokens) if arm.k]
     variants = [PLAIN, *dict.fromkeys(fixed), speculation.adaptive]
     rows, against_plain, against_best = [], [], []
     samples = min(config.algorithm.group_size, max(batches))
     for place, batch in enumerate(batches):
 
-        def make(number: int, size: int = batch) -> list[RolloutRequest]:
-            return bench.requests(size, number, [tokens] * size, samples, ignore_eos=True)
+        def make(number: int, count: int = batch * WAVES) -> list[RolloutRequest]:
+            return bench.requests(count, number, uneven_lengths(count, tokens), samples, ignore_eos=True)
 
         # A rule that learns needs to have seen the batch size; so does the plain engine's allocator.
-        turns = compare(bench, variants, make, repetitions, first_round=place * 1000, warmups=2)
+        turns = compare(bench, variants, make, repetitions, first_round=place * 1000, concurrency=batch)
         relative = speeds(turns)
         rows += [_row(batch, variant, turns[variant], relative[variant], turns[PLAIN]) for variant in variants]
         against_plain.append(relative[speculation.adaptive])
@@ -179,12 +190,20 @@ def bench_speculative(
     }
 
 
+def uneven_lengths(count: int, longest: int) -> list[int]:
+    """Lengths spread evenly between half of `longest` and `longest` (a golden-ratio sequence).
+
+    With equal lengths plain decoding, and it alone, would begin and end all requests in the same steps.
+    """
+    return [round(longest * (0.5 + 0.5 * (number * 0.6180339887 % 1))) for number in range(count)]
+
+
 def _row(batch: int, variant: str, turns: list[Turn], relative: float, plain: list[Turn]) -> dict[str, Any]:
     tokens, seconds = sum(turn.tokens for turn in turns), sum(turn.seconds for turn in turns)
     counts = [turn.counts for turn in turns if turn.counts is not None]
     verifications = sum(count.verifications for count in counts)
-    verify = sum(turn.verify_seconds for turn in turns) / seconds
-    draft = sum(count.draft_seconds for count in counts) / seconds
+    verify = statistics.fmean(turn.verify_share for turn in turns)
+    draft = sum(count.draft_seconds for count in counts) / max(sum(count.seconds for count in counts), 1e-9)
     same = sum(
         mine.token_ids == other.token_ids
         for turn, base in zip(turns, plain, strict=True)
@@ -223,7 +242,9 @@ def parse_batches(text: str) -> list[int]:
     return batches
 
 
-def run_speculative(config: Config, batches: str, tokens: int | None, repetitions: int, file: Path | None) -> None:
+def run_speculative(
+    config: Config, batches: str, tokens: int | None, repetitions: int, file: Path | None, quick: bool
+) -> None:
     """The command: measure, print the table, write the JSON.
 
     Raises:
@@ -231,4 +252,4 @@ def run_speculative(config: Config, batches: str, tokens: int | None, repetition
     """
     length = tokens or config.rollout.max_tokens
     rows, ratios = bench_speculative(config, parse_batches(batches), length, repetitions)
-    publish("speculative decoding", ratios, rows, file, quick=repetitions < 3)
+    publish("speculative decoding", ratios, rows, file, quick)

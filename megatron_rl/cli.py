@@ -110,10 +110,10 @@ def bench_speculative(
     overrides: Overrides = None,
     batches: Annotated[str, typer.Option("--batches", help="Live requests, separated by commas.")] = "1,2,4,8,16,32,64",
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Response length; default: rollout.max_tokens.")
+        int | None, typer.Option("--tokens", help="Longest response; default: rollout.max_tokens.")
     ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", help="Measured rounds per batch size.")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Three batch sizes, two rounds: under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two batch sizes, short responses: under a minute.")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE.")] = None,
 ) -> None:
     """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
@@ -121,7 +121,9 @@ def bench_speculative(
     from megatron_rl.config import load_config
 
     settings = load_config(config, overrides or [])
-    run_speculative(settings, "1,8,64" if quick else batches, tokens, 2 if quick else repetitions, json)
+    if quick:
+        batches, tokens, repetitions = "1,32", min(tokens or settings.rollout.max_tokens, 48), 2
+    run_speculative(settings, batches, tokens, repetitions, json, quick)
 
 
 @app.command()

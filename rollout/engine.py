@@ -41,6 +41,16 @@ class EngineEnvironment:
     vllm: dict[str, Any]  # vLLM options that suit the machine; those of `rollout.vllm` come on top
 
 
+@dataclasses.dataclass(frozen=True)
+class TimedGeneration:
+    """Rollouts and how long they took."""
+
+    rollouts: list[Rollout]
+    seconds: float
+    full_tokens: int  # emitted while as many requests were live as allowed
+    full_seconds: float
+
+
 def check_vllm_options(options: dict[str, Any]) -> None:
     """Raise ConfigError for a name in `rollout.vllm` that vLLM does not have or that is not to be set there."""
     from vllm import EngineArgs
@@ -58,6 +68,7 @@ def check_vllm_options(options: dict[str, Any]) -> None:
 def check_sampling_options(options: dict[str, Any]) -> None:
     """Raise ConfigError for a name or value in `rollout.sampling` that vLLM or coupled sampling does not take."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     from rollout.constraints import SUPPORTED
 
@@ -72,7 +83,7 @@ def check_sampling_options(options: dict[str, Any]) -> None:
         )
     try:
         SamplingParams(**options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, VLLMValidationError) as error:
         raise ConfigError(f"vLLM refuses rollout.sampling: {error}") from None
 
 
@@ -257,14 +268,24 @@ class RolloutEngine:
         """`rollout.scheduler.SpeculationCounts` since the last call, or None when the engine does not speculate."""
         return self._scheduler.take_counts() if self._speculates else None
 
-    def generate_timed(self, requests: list[RolloutRequest]) -> tuple[list[Rollout], float]:
-        """Generate all of them, and the wall seconds that took: for benchmarks."""
+    def generate_timed(self, requests: list[RolloutRequest], concurrency: int | None = None) -> TimedGeneration:
+        """Generate all of them, at most `concurrency` at a time, and measure: for benchmarks."""
+        waiting = requests[::-1]
+        live = len(requests) if concurrency is None else concurrency
         if self._speculates:
             self._scheduler.timeline.clear()
+        rollouts: list[Rollout] = []
+        full: tuple[int, float] | None = None
         start = time.perf_counter()
-        self.submit(requests)
-        rollouts = self.poll(float("inf"))
-        return rollouts, time.perf_counter() - start
+        while waiting or self._running:
+            if waiting and len(self._running) < live:
+                self.submit([waiting.pop() for _ in range(min(live - len(self._running), len(waiting)))])
+            rollouts += [self._rollout(output) for output in self._step() if output.finished]
+            if full is None and not waiting and len(self._running) < live:
+                under_way = sum(request.num_output_tokens for request in self._scheduler.requests.values())
+                full = sum(len(rollout.token_ids) for rollout in rollouts) + under_way, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return TimedGeneration(rollouts, seconds, *(full or (0, 0.0)))
 
     def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
         """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks."""

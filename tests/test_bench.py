@@ -2,13 +2,18 @@
 
 import pytest
 
-from megatron_rl.bench import parse_batches
+from megatron_rl.bench import parse_batches, uneven_lengths
 from megatron_rl.config import ConfigError
 from rollout.engine import check_sampling_options
 
 
 def test_batches_are_a_list_of_numbers() -> None:
     assert parse_batches("1,8, 64") == [1, 8, 64]
+
+
+def test_lengths_are_between_half_and_all() -> None:
+    lengths = uneven_lengths(100, 80)
+    assert min(lengths) == 40 and 78 <= max(lengths) <= 80 and len(set(lengths[:20])) == 20
 
 
 @pytest.mark.parametrize("text", ["", "1,x", "0,4", "-1"])

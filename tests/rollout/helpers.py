@@ -101,6 +101,5 @@ def open_arguments(folder: Path, model: Path, vllm: dict | None = None, **rollou
 
 def generate(actor: Any, requests: list) -> list:
     """Rollouts in the order of the requests."""
-    rollouts, _ = ray.get(actor.generate_timed.remote(requests))
-    by_key = {(r.prompt_id, r.sample_index): r for r in rollouts}
+    by_key = {(r.prompt_id, r.sample_index): r for r in ray.get(actor.generate_timed.remote(requests)).rollouts}
     return [by_key[request.prompt_id, request.sample_index] for request in requests]

@@ -101,7 +101,7 @@ def test_the_model_needs_few_trials(subtests: pytest.Subtests) -> None:
     for batch, accept in [(1, 0.8), (16, 0.6), (64, 0.1)]:
         with subtests.test(batch=batch):
             machine = Machine(base=5e-3, row=2e-4, accept=accept)
-            assert share_of_best(machine, batch, machine.run(MODEL(), batch, 60)) > 0.93
+            assert share_of_best(machine, batch, machine.run(MODEL(), batch, 60)) > 0.9
 
 
 def test_the_model_learns_acceptance_where_the_drafter_cannot_tell() -> None:

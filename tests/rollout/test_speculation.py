@@ -198,7 +198,7 @@ def planted_defect(engine: Any, defect: str, requests: list[RolloutRequest]) -> 
 
     vllm_patch.verify_tokens = broken
     try:
-        return engine.generate_timed(requests)[0]  # type: ignore[no-any-return]
+        return engine.generate_timed(requests).rollouts  # type: ignore[no-any-return]
     finally:
         vllm_patch.verify_tokens = sound
 
@@ -227,7 +227,7 @@ def count_tokens_per_verification(engine: Any, requests: list[RolloutRequest]) -
 
     vllm_patch.verify_tokens = counting
     try:
-        return engine.generate_timed(requests)[0], emitted / max(verified, 1)
+        return engine.generate_timed(requests).rollouts, emitted / max(verified, 1)
     finally:
         vllm_patch.verify_tokens = sound
 
