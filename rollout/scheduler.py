@@ -118,7 +118,7 @@ class SpeculativeScheduler(Scheduler):
             self._plain_steps += 1
             return arm
         self._plain_steps = 0
-        budget = self.max_num_scheduled_tokens - len(ready)
+        budget = max(self.max_num_scheduled_tokens - len(ready), 0)
         lengths = drafts.lengths[: len(ready)].tolist()
         for request, draft, length in zip(ready, drafts.tokens[: len(ready)].tolist(), lengths, strict=True):
             kept = min(length, arm.k, budget)

@@ -218,7 +218,7 @@ class Speculation(Section):
 
     drafters: list[Literal["ngram"]] = ["ngram"]
     """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other."""
-    adaptive: Literal["off", "static", "beg", "model"] = "model"
+    adaptive: Literal["off", "static", "beg", "model"] = "off"
     """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens a second
     (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
     max_draft_tokens: int = Field(8, ge=1, le=64)
