@@ -59,10 +59,10 @@ class LatencyModel:
         middle = np.array([self._median(cell) for cell in trusted])
         sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
         rows = np.array([_features(batch, drafted) for batch, drafted, _ in middle])
-        # Until drafts were measured, a draft row is taken to cost as much as a request: no leap into long drafts.
+        # Until drafts were measured, a draft row is taken to cost half as much as a request: no leap into long drafts.
         batch, _, seconds = middle[middle[:, 1].argmin()]
         rows = np.vstack([rows, _features(batch, batch)])
-        times, sizes = np.append(middle[:, 2], 2.0 * seconds), np.append(sizes, _PRIOR_STEPS)
+        times, sizes = np.append(middle[:, 2], 1.5 * seconds), np.append(sizes, _PRIOR_STEPS)
         # Relative errors count, and a cell seen seldom says little.
         a, b, c, d = _nonnegative_least_squares(rows, times, np.sqrt(sizes) / times).tolist()
         self._fit = a, b, c, d
