@@ -11,7 +11,7 @@ from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation import Generator
 from megatron_rl.scratch import make_scratch_model
 from megatron_rl.start import load_tokenizer
-from rollout.records import Rollout, RolloutRequest
+from rollout.records import Rollout, RolloutRequest, Source, SpeculationCounts
 
 
 class EchoFleet:
@@ -20,6 +20,7 @@ class EchoFleet:
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
         self.seen: list[RolloutRequest] = []
+        self.counts: list[SpeculationCounts] = []
 
     def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
         self.seen = requests
@@ -34,7 +35,11 @@ class EchoFleet:
                 logprobs=[-1.0] * len(self.answer),
                 finish_reason="stop",
                 policy_version=0,
+                sources=[Source.FRESH, *[Source.DRAFT] * (len(self.answer) - 1)],
             )
+
+    def take_speculation_counts(self) -> list[SpeculationCounts]:
+        return self.counts
 
 
 def raising_reward(prompt: str, response: str, answer: str) -> float:
@@ -107,3 +112,23 @@ def test_evaluation_reports_every_set(make):
     generator.evaluate(0)
     assert all(request.temperature == 0 for request in fleet.seen)
     assert 0 <= generator.metrics["eval/arithmetic-heldout/greedy_accuracy"] <= 1
+
+
+def test_speculation_is_measured_when_the_engines_draft(make):
+    generator, fleet, _ = make()
+    generator.training_rollouts(1)
+    assert not any(name.startswith("speculation/") for name in generator.metrics)
+    counts = SpeculationCounts(
+        steps=4, verifications=8, drafted=10, accepted=4, emitted=12, seconds=2.0, draft_seconds=0.5
+    )
+    counts.chosen[8, "ngram:2"] = 4
+    fleet.counts = [counts]
+    generator.training_rollouts(2)
+    measured = {name.removeprefix("speculation/"): v for name, v in generator.metrics.items() if "speculation" in name}
+    assert measured == {
+        "draft_token_share": 0.5,  # one of two tokens
+        "tokens_per_verification": 1.5,
+        "accepted_share": 0.4,
+        "draft_time_share": 0.25,
+        "steps/batch_8/ngram:2": 4.0,
+    }
