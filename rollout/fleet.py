@@ -9,6 +9,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,12 @@ class RolloutFleet:
         return sums
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
-        """What drafting gave since the last call, per engine; empty without speculation."""
-        counts = ray.get([engine.actor.take_speculation_counts.remote() for engine in self._engines])
+        """What drafting gave since the last call, per engine; nothing of an engine that has died or does not draft."""
+        calls = [engine.actor.take_speculation_counts.remote() for engine in self._engines]
+        counts: list[SpeculationCounts | None] = []
+        for call in calls:
+            with suppress(RayActorError):  # the next generation or sync notices, and restarts it
+                counts.append(ray.get(call))
         return [count for count in counts if count is not None]
 
     def set_policy_version(self, version: int) -> None:
