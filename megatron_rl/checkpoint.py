@@ -2,10 +2,12 @@
 
 A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model,
 optimizer, and a small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model
-folder by itself.
+folder by itself; and `driver/`, JSON files of what the driver's parts want to keep.
 """
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,9 @@ def _steps(run_dir: str | Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step_")): path for path in named}
 
 
-def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: int) -> None:
+def save_checkpoint(
+    trainer: "Trainer", run_dir: str | Path, step: int, keep: int, driver: Mapping[str, Any] | None = None
+) -> None:
     """Save on all ranks. The folder gets its name only when it is complete.
 
     Args:
@@ -50,13 +54,14 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, keep: in
         run_dir: the run's folder.
         step: RL steps done.
         keep: newest checkpoints to keep; older ones are removed.
+        driver: plain values by name, which `load_driver_state` returns; those of rank 0 count.
     """
     folder = checkpoint_folder(run_dir, step)
     _count_padding_between_parameters(trainer)
     contents = _sharded_state(trainer, loading=False)
     # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
     contents["state"] = {"step": step, "updates": trainer.updates}
-    write_model_folder(contents, trainer.config.model.path, folder)
+    write_model_folder(contents, trainer.config.model.path, folder, driver)
     if trainer.runtime.is_driver:
         remove_old_checkpoints(run_dir, keep)
     torch.distributed.barrier()
@@ -84,6 +89,19 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
     trainer.updates = contents["state"]["updates"]
 
 
+def load_driver_state(run_dir: str | Path, step: int, name: str) -> Any:
+    """What was saved under that name, or None when the checkpoint has nothing by it.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    file = _steps(run_dir)[step] / "driver" / f"{name}.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
+
+
 def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
     """Restore the weights alone from a checkpoint or converted folder, on all ranks.
 
@@ -99,12 +117,21 @@ def has_megatron_weights(folder: str | Path) -> bool:
     return (Path(folder) / "megatron" / "metadata.json").is_file()
 
 
-def write_model_folder(contents: dict[str, Any], template: str | Path, folder: Path) -> None:
-    """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`."""
+def write_model_folder(
+    contents: dict[str, Any], template: str | Path, folder: Path, driver: Mapping[str, Any] | None = None
+) -> None:
+    """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`.
+
+    Rank 0's `driver` values go to `folder/driver/<name>.json`.
+    """
     megatron_patch.install()
     with new_model_folder(folder, template) as draft:
         (draft / "megatron").mkdir(exist_ok=True)
         dist_checkpointing.save(contents, str(draft / "megatron"))
+        if driver and torch.distributed.get_rank() == 0:
+            (draft / "driver").mkdir()
+            for name, value in driver.items():
+                (draft / "driver" / f"{name}.json").write_text(json.dumps(value))
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:

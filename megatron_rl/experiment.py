@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rl import device
 from megatron_rl.algorithms import mismatch_metrics
 from megatron_rl.batch import Batch
-from megatron_rl.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.checkpoint import load_checkpoint, load_driver_state, save_checkpoint
 from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
@@ -25,6 +25,7 @@ from megatron_rl.weight_sync import WeightSync
 from rollout.fleet import RolloutFleet
 
 Metrics = dict[str, float]
+SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
 
 
 class Clock:
@@ -85,6 +86,8 @@ class Experiment:
         self.first_step = start.resumed + 1
         if self.fleet is not None:
             self.fleet.wait_until_up()
+            if start.resumed and (learned := load_driver_state(config.run_dir, start.resumed, SPECULATION)):
+                self.fleet.restore_speculation(learned)
             self.generator = Generator(config, start.tokenizer, self.fleet, self.console)
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
         self.weight_sync = WeightSync(
@@ -154,7 +157,8 @@ class Experiment:
     def save(self, step: int) -> None:
         """Checkpoint after `step`, whose metrics are already logged."""
         start = time.perf_counter()
-        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep)
+        learned = {SPECULATION: self.fleet.speculation_states()} if self.fleet is not None else None
+        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned)
         if self.runtime.is_driver:
             self._logger.log(step, {"time/checkpoint": time.perf_counter() - start})
 

@@ -27,6 +27,7 @@ from rollout.latency import LatencyModel
 WINDOW = 96  # steps that a median looks back on: older ones are forgotten
 SWITCH_GAIN = 1.03  # an arm replaces the current one only when it promises this much more
 HOLD_STEPS = 4  # steps between decisions
+TRIALS = 3  # steps with drafts in each bucket, whatever their forecast: it is a guess before they were measured
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Controller(Protocol):
 
     def threshold(self, batch: int) -> float:
         """Drafts whose chance to be reached and accepted is below this cost more than they bring."""
+
+    def knows(self, batch: int) -> bool:
+        """Whether drafts were tried with about so many live requests, so that their cost is no guess."""
 
     def observe(self, step: Step) -> None:
         """Learn from a step."""
@@ -127,6 +131,9 @@ class StaticController:
 
     def threshold(self, batch: int) -> float:
         return self._threshold
+
+    def knows(self, batch: int) -> bool:
+        return True
 
     def observe(self, step: Step) -> None:
         """Nothing to learn."""
@@ -206,6 +213,9 @@ class BegController:
     def threshold(self, batch: int) -> float:
         return 0.05
 
+    def knows(self, batch: int) -> bool:
+        return all((bucket_of(batch), arm) in self._steps for arm in self._arms)
+
     def observe(self, step: Step) -> None:
         steps = self._steps.setdefault((bucket_of(step.batch), step.arm), deque(maxlen=self._window))
         steps.append((step.emitted / step.batch, step.seconds / step.batch))
@@ -274,6 +284,7 @@ class ModelController:
         self._acceptance = {arm.drafter: Acceptance() for arm in arms if arm.k}
         self._trust = 1.0  # accepted tokens per token that drafters expected to be accepted
         self._current: dict[int, Arm] = {}
+        self._trials: Counter[int] = Counter()
         self._random = random.Random(seed)
         self._expected: Mapping[Arm, Expectation] = {}
         self.counts: Counter[tuple[int, Arm]] = Counter()
@@ -296,8 +307,14 @@ class ModelController:
         if rates[best] < rates[current] * SWITCH_GAIN:
             best = current
         self._current[bucket] = best
+        if best == PLAIN and not self.knows(batch):
+            self._trials[bucket] += 1
+            best = max((arm for arm in rates if arm.k), key=rates.__getitem__, default=PLAIN)
         self.counts[bucket, best] += 1
         return best
+
+    def knows(self, batch: int) -> bool:
+        return self._trials[bucket_of(batch)] >= TRIALS
 
     def _forecast(self, arm: Arm, batch: int, expected: Mapping[Arm, Expectation]) -> Expectation:
         if arm.k == 0:

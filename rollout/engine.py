@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
 from rollout.checksum import combine
-from rollout.records import Rollout, RolloutRequest, Source
+from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
 
 # Options of vLLM that follow from keys of ours, or on which this package relies.
 _RESERVED = {
@@ -123,7 +123,7 @@ def _speculation_arguments(config: Config) -> dict[str, Any]:
         "scheduler_cls": "rollout.scheduler.SpeculativeScheduler",
         "async_scheduling": False,
         "additional_config": {
-            "megatron_rl_speculation": {
+            SPECULATION_KEY: {
                 "adaptive": speculation.adaptive,
                 "drafters": speculation.drafters,
                 "max_draft_tokens": speculation.max_draft_tokens,
@@ -163,6 +163,9 @@ class RolloutEngine:
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
         self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
         self._stop_ids = self._eos_token_ids()
+        if self._speculates:
+            # The scheduler drafts; asking the worker after every step whether it did takes 1 % of a small model's step.
+            self._llm.engine_core.engine_core.check_for_draft_tokens = False
         max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         return max_requests
 
@@ -195,7 +198,7 @@ class RolloutEngine:
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"group": request.prompt_id} | ({"seed": request.seed} if self._coupled else {}),
+                extra_args={GROUP_KEY: request.prompt_id} | ({SEED_KEY: request.seed} if self._coupled else {}),
                 **self._sampling,
             )
             self._submitted += 1
@@ -267,6 +270,15 @@ class RolloutEngine:
     def take_speculation_counts(self) -> Any:
         """`rollout.scheduler.SpeculationCounts` since the last call, or None when the engine does not speculate."""
         return self._scheduler.take_counts() if self._speculates else None
+
+    def speculation_state(self) -> dict[str, Any] | None:
+        """What adaptive speculation has learned, as plain values; None when the engine does not speculate."""
+        return self._scheduler.state() if self._speculates else None
+
+    def restore_speculation(self, state: dict[str, Any]) -> None:
+        """Take over what `speculation_state` returned."""
+        if self._speculates:
+            self._scheduler.restore(state)
 
     def generate_timed(self, requests: list[RolloutRequest], concurrency: int | None = None) -> TimedGeneration:
         """Generate all of them, at most `concurrency` at a time, and measure: for benchmarks."""

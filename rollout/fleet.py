@@ -210,6 +210,21 @@ class RolloutFleet:
                 counts.append(ray.get(call))
         return [count for count in counts if count is not None]
 
+    def speculation_states(self) -> list[dict[str, Any] | None]:
+        """Per engine, what adaptive speculation has learned (see `RolloutEngine`); None for one that died."""
+        calls = [engine.actor.speculation_state.remote() for engine in self._engines]
+        states: list[dict[str, Any] | None] = [None] * len(calls)
+        for index, call in enumerate(calls):
+            with suppress(RayActorError):
+                states[index] = ray.get(call)
+        return states
+
+    def restore_speculation(self, states: list[dict[str, Any] | None]) -> None:
+        """Take over what `speculation_states` returned, of a fleet of any size."""
+        if known := [state for state in states if state is not None]:
+            for index, engine in enumerate(self._engines):
+                ray.get(engine.actor.restore_speculation.remote(known[index % len(known)]))
+
     def set_policy_version(self, version: int) -> None:
         """The number that rollouts generated from now on carry."""
         self._policy_version = version

@@ -4,6 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+# Keys of SamplingParams.extra_args.
+SEED_KEY = "seed"  # decides the noise; a request that carries it takes part in coupled sampling
+GROUP_KEY = "group"  # requests of one group are samples of one prompt
+# Key of vLLM's additional_config: what `rollout.scheduler` is to do.
+SPECULATION_KEY = "megatron_rl_speculation"
+
 
 class Source(IntEnum):
     """Where a token came from. It never changes what the token is; it tells what speculation saved."""

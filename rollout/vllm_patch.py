@@ -35,10 +35,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
 from rollout.no_drafts import NoDrafts
+from rollout.records import SEED_KEY
 from rollout.verify import verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
-SEED_KEY = "seed"
 PROFILE = "MEGATRON_RL_PROFILE"
 DRAFT_NOISE = "_megatron_rl_draft_noise"  # attribute of a proposer
 

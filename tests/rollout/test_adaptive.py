@@ -9,6 +9,7 @@ import pytest
 from megatron_rl.config import ConfigError
 from rollout.adaptive import (
     PLAIN,
+    TRIALS,
     Acceptance,
     Arm,
     BegController,
@@ -235,3 +236,12 @@ def test_an_old_measurement_is_doubted() -> None:
         model.observe("ngram", 8, 32, 8e-3)
     _, stale = model.predict("none", 8, 0)
     assert stale > 2 * fresh
+
+
+def test_drafts_are_tried_a_few_times_in_each_bucket_even_where_their_forecast_is_bad() -> None:
+    controller, machine = MODEL(), Machine(base=1e-3, row=1e-3, accept=0.01)
+    chosen = {batch: machine.run(controller, batch, 200) for batch in (4, 64)}
+    for arms in chosen.values():
+        drafted = sum(arm.k > 0 for arm in arms)
+        assert TRIALS <= drafted < 12
+    assert controller.knows(4) and controller.knows(64) and not controller.knows(16)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rollout.records import Rollout, RolloutRequest, Source
+from rollout.scheduler import LONGEST_REST, PATIENCE, Rest
 from tests.rollout.helpers import VOCAB_LIMIT, generate, make_requests, open_arguments, open_engines
 
 REQUESTS = 200
@@ -61,7 +63,7 @@ def test_speculation_on_and_off_emit_the_same_tokens(
     rollouts = generate(engines["drafting"], group_requests())
     assert_same(rollouts, expected)
     drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
-    assert drafts > (100 if adaptive == "static" else 10)  # the others choose to draft less
+    assert drafts > (100 if adaptive == "static" else 0)  # what the others choose depends on the machine
 
 
 def test_switching_in_mid_run_does_not_change_the_tokens(engines: dict[str, Any], expected: list[Rollout]) -> None:
@@ -119,6 +121,36 @@ def test_an_abort_in_the_middle_leaves_the_next_requests_alone(
 
     assert ray.get(engines["drafting"].apply.remote(abort_half_way, group_requests())) == 0
     assert_same(generate(engines["drafting"], group_requests()), expected)
+
+
+def test_an_engine_takes_over_what_another_one_of_the_same_rule_has_learned(engines: dict[str, Any]) -> None:
+    engine = engines["drafting"]
+    ray.get(engine.set_speculation.remote("model", 4))
+    generate(engine, group_requests(32))
+    learned = json.loads(json.dumps(ray.get(engine.speculation_state.remote())))
+    ray.get(engine.set_speculation.remote("model", 5))
+    fresh = ray.get(engine.speculation_state.remote())
+    assert fresh != learned
+    ray.get(engine.restore_speculation.remote(learned))
+    assert ray.get(engine.speculation_state.remote()) == learned
+    ray.get(engine.set_speculation.remote("beg", 4))
+    ray.get(engine.restore_speculation.remote(learned))  # of no use to another rule
+    assert ray.get(engine.speculation_state.remote())["adaptive"] == "beg"
+    assert ray.get(engines["plain"].speculation_state.remote()) is None
+
+
+def test_drafts_that_do_not_pay_are_looked_at_ever_more_seldom() -> None:
+    rest, looks = Rest(), []
+    for step in range(300):
+        if not rest.goes_on(bucket=64):
+            looks.append(step)
+            rest.looked(used=False)
+    gaps = [after - before for before, after in pairwise(looks)]
+    assert gaps[:PATIENCE] == [1] * PATIENCE and gaps[PATIENCE] == 2
+    assert gaps == sorted(gaps) and max(gaps) == LONGEST_REST
+    assert not rest.goes_on(bucket=32), "fewer requests: drafts may pay now"
+    rest.looked(used=True)
+    assert not rest.goes_on(bucket=32), "drafts in use are looked at in every step"
 
 
 def test_sources_tell_which_tokens_were_drafts(engines: dict[str, Any]) -> None:

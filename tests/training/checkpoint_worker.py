@@ -6,6 +6,8 @@ checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT
 import sys
 from pathlib import Path
 
+import torch
+
 from megatron_rl import device
 from megatron_rl.batch import Batch
 from megatron_rl.checkpoint import latest_step, load_checkpoint, save_checkpoint
@@ -47,7 +49,7 @@ def main() -> None:
         if runtime.is_driver:
             print(f"step {step} {metrics}")
         if step + 1 == save_at:
-            save_checkpoint(trainer, run_dir, step + 1, keep=1)
+            save_checkpoint(trainer, run_dir, step + 1, 1, {"rank": torch.distributed.get_rank()})
     export_hf(trainer.weights, model, output)
     device.shutdown()
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.checkpoint import checkpoint_folder, latest_step, remove_old_checkpoints
+from megatron_rl.checkpoint import checkpoint_folder, latest_step, load_driver_state, remove_old_checkpoints
+from megatron_rl.config import ConfigError
 from megatron_rl.model_folder import DRAFT, REPLACED
 from tests.launching import run_workers
 from tests.training.models import make_models
@@ -54,6 +55,17 @@ def test_export_loads_in_transformers(interrupted):
     root, _ = interrupted
     model = AutoModelForCausalLM.from_pretrained(root / "whole", dtype=torch.float32)
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+def test_a_checkpoint_holds_what_the_driver_keeps(interrupted, tmp_path: Path):
+    root, _ = interrupted
+    assert load_driver_state(root / "run", 2, "rank") == 0
+    assert load_driver_state(root / "run", 2, "unknown") is None
+    broken = checkpoint_folder(tmp_path, 3) / "driver" / "rank.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(ConfigError, match=r"rank\.json cannot be read .*; remove it"):
+        load_driver_state(tmp_path, 3, "rank")
 
 
 def test_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path):
