@@ -10,7 +10,8 @@ Two forms, both computing what vLLM computes when it drafts with the checkpoint 
 
 At position p the head reads the policy's features of p and the embedding of token p + 1, with rotary position p, and
 proposes token p + 2. From then on it reads its own output in place of the features, and the position counts on.
-The policy's embedding and head are passed in, and are no part of the head.
+The policy's embedding and head are passed in, and are no part of the head. They and the features may be of another
+dtype than the head, which computes in its own: a float32 head learns from a bfloat16 policy.
 """
 
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class EagleHead(nn.Module):
     ) -> Float[Tensor, "*rows draft_vocab"]:
         """Logits over the draft vocabulary, from the states that a step returns (EAGLE-3 ignores the policy's head)."""
         if self.config.kind == "eagle":
-            return F.linear(states, policy_lm_head)
+            return F.linear(states, policy_lm_head.to(states.dtype))
         logits: Tensor = self.lm_head(self.norm(states))
         return logits
 
@@ -185,7 +186,8 @@ class Unrolled:
         numbers = sequence_numbers(cu_seqlens, length)
         positions = torch.arange(length, device=numbers.device)
         self._head = head
-        self._state = head.fuse(hidden_states)
+        self._dtype = head.fc.weight.dtype
+        self._state = head.fuse(hidden_states.to(self._dtype))
         config = head.config
         self._memory = _Memory(
             frequencies=inverse_frequencies(config.rope, config.head_dim).to(numbers.device),
@@ -201,6 +203,7 @@ class Unrolled:
         `EagleHead.logits` of them proposes token p + 2 + i.
         """
         head = self._head
+        embeddings = embeddings.to(self._dtype)
         if head.config.kind == "eagle":
             residual = head.fc(torch.cat([embeddings, self._state], dim=-1))
             inputs = residual

@@ -62,7 +62,7 @@ def draft_loss(
 
     Args:
         head: gradients reach its parameters, and nothing else.
-        features: the row; its floats are of the head's dtype.
+        features: the row.
         policy: the weights that `features` were computed with.
         options: None means the defaults.
 

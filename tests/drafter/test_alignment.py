@@ -2,7 +2,7 @@
 
 The synthetic policy continues with `next_token[x]` after token x. Its hidden states at a position are a code of the
 token there, so a head can learn the rule, several tokens ahead, exactly if embeddings, features and targets are paired
-as they will be in use. Every test has its counterpart where one of them is shifted by one.
+as they will be in use. Where a test plants a shift by one, it has to notice.
 """
 
 from dataclasses import replace
@@ -55,7 +55,7 @@ def shifted(features: PackedFeatures, what: str) -> PackedFeatures:
     return features if what == "none" else replace(features, **{what: getattr(features, what).roll(1, dims=0)})
 
 
-def one_prediction(head: EagleHead, features: PackedFeatures, policy: PolicyWeights) -> Tensor:
+def right_proposals(head: EagleHead, features: PackedFeatures, policy: PolicyWeights) -> Tensor:
     """[steps, seq]: whether the proposal of each step is what the rule says, given the head's own proposals before."""
     drafts = greedy_drafts(head, features, policy, STEPS)
     expected, right = features.token_ids.roll(-1), []
@@ -78,7 +78,7 @@ def test_a_head_learns_the_rule_several_tokens_ahead_from_packed_rows(kind: str,
 
     held_out = synthetic(kind, [11, 6, 13], padding=2, seed=100)[0]
     counted = counted_drafts(held_out.response_mask, held_out.cu_seqlens, STEPS)
-    right = one_prediction(head, held_out, policy)[counted].float().mean()
+    right = right_proposals(head, held_out, policy)[counted].float().mean()
     acceptance = expected_acceptance(head, held_out, policy, STEPS)
     if what == "none":
         assert right > 0.97

@@ -84,11 +84,14 @@ def test_the_chunks_of_logits_change_nothing(rows_at_once: int) -> None:
     head = make_head("eagle3", reduced=True)
     policy, row = random_policy(head.config), random_row(head.config, [11, 8])
     whole = draft_loss(head, row, policy, LossOptions(rows_at_once=19))
+    expected = gradients(head, [whole])
+    rows: list[int] = []
+    head.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     parts = draft_loss(head, row, policy, LossOptions(rows_at_once=rows_at_once))
     torch.testing.assert_close(parts.total, whole.total)
-    expected = gradients(head, [whole])
     for name, gradient in gradients(head, [parts]).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    assert max(rows) <= rows_at_once
 
 
 def changed(row: PackedFeatures, places: slice, names: tuple[str, ...]) -> PackedFeatures:
@@ -156,3 +159,32 @@ def test_a_row_without_responses_weighs_nothing_and_has_finite_gradients() -> No
     loss = draft_loss(head, random_row(head.config, [5, 1], prompt=5), random_policy(head.config))
     assert loss.weight == loss.total == 0
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(head, [loss]).values())
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
+def test_a_float32_head_learns_from_a_bfloat16_policy(kind: str) -> None:
+    head = make_head(kind)
+    policy, row = random_policy(head.config), random_row(head.config, [9])
+    half = PolicyWeights(policy.embedding.bfloat16(), policy.lm_head.bfloat16())
+    rounded = replace(row, hidden_states=row.hidden_states.bfloat16(), final_hidden=row.final_hidden.bfloat16())
+    loss = draft_loss(head, rounded, half)
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.total, draft_loss(head, row, policy).total, rtol=0.05, atol=0)
+    assert gradients(head, [loss]).keys() == dict(head.named_parameters()).keys()
+
+
+def test_the_policy_gets_no_gradient() -> None:
+    for kind in ("eagle3", "eagle"):
+        head = make_head(kind)
+        policy = random_policy(head.config)
+        policy.embedding.requires_grad_()
+        policy.lm_head.requires_grad_()
+        draft_loss(head, random_row(head.config, [9]), policy).total.backward()
+        assert policy.embedding.grad is None and policy.lm_head.grad is None
+
+
+def test_the_head_can_start_from_the_policy_s_own_rows() -> None:
+    head = make_head("eagle3", reduced=True)
+    policy = random_policy(head.config)
+    head.copy_policy_head(policy.lm_head)
+    assert torch.equal(head.lm_head.weight, policy.lm_head[VOCABULARY.token_ids])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from drafter.checkpoint import load_head, save_head
 from drafter.head import EagleHead, HeadConfig
+from drafter.loss import LossOptions
 from drafter.vocabulary import choose_vocabulary
 from tests.drafter.policies import greedy_drafts, model_features, model_weights, pack, train
 from tests.rollout.tiny_models import make_model
@@ -43,7 +44,7 @@ def make_head(model: Any, config: HeadConfig) -> EagleHead:
     for norm in (parameter for name, parameter in head.named_parameters() if "norm" in name):
         norm.data.uniform_(0.5, 1.5)
     row = pack([model_features(model, text, 8, config) for text in texts[:2]])
-    train(head, lambda step: row, model_weights(model), 30)
+    train(head, lambda step: row, model_weights(model), 30, LossOptions(steps=K))
     return head
 
 
