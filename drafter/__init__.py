@@ -1,1 +1,5 @@
-"""The drafter of speculative decoding and its training; empty in this release."""
+"""The drafter of speculative decoding: the EAGLE head, how it learns, how it is judged, and its files.
+
+Read `packed.py` (terms and data), `head.py` (the model), `loss.py` (training), `acceptance.py` (judging) and
+`checkpoint.py` (vLLM's format).
+"""
