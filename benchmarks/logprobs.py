@@ -86,7 +86,8 @@ def main() -> None:
     for count, vocab in QUICK if arguments.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             # Small ones take less than a scheduler's time slice: only many repetitions tell something.
-            seconds = measure(make_cases(count, vocab, dtype), repetitions=7 if vocab >= LARGE else 201)
+            repetitions = (3 if arguments.quick else 7) if vocab >= LARGE else 101
+            seconds = measure(make_cases(count, vocab, dtype), repetitions)
             row: dict[str, Any] = {"rows": count, "vocab": vocab, "dtype": str(dtype).removeprefix("torch.")}
             row |= {name: 1e3 * value for name, value in seconds.items()}
             row["ratio"] = seconds["torch+"] / seconds["fused+"]
