@@ -4,8 +4,8 @@
 
 `fused` are the native operators, `torch` the functions that other devices use, `chunks` the latter with temporaries
 that fit the L2 cache. `+` adds the gradient of log-probs and entropies to the forward pass. `amax` is one
-`logits.amax(-1)`. All times are in milliseconds. The program starts itself again with the trainer's setting of glibc,
-which keeps memory: else fresh pages for the gradient take longer than its computation.
+`logits.amax(-1)`. All times are in milliseconds. The program starts itself again in the environment of trainer
+processes: where glibc does not keep memory, fresh pages for the gradient take longer than its computation.
 
 The ratios are of forward and backward together, torch / fused: `fused_vs_torch` is the worst over vocabularies from
 32,000, `fused_vs_torch_small` the worst over a vocabulary of 64 with 2,048 rows. `amax_multiple` is fused forward /
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks._common import finish, measure, parse_arguments
 from megatron_rl import logprobs
-from megatron_rl.device import MALLOC_TUNABLES
+from megatron_rl.device import shared_environment
 
 Shape = tuple[int, int]  # rows, vocabulary
 SHAPES: list[Shape] = [(512, 64), (2048, 64), (512, 32_000), (2048, 32_000), (128, 152_000), (512, 152_000)]
@@ -78,8 +78,8 @@ def make_cases(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Callable[
 @torch.inference_mode()
 def main() -> None:
     """Measure and report."""
-    if os.environ.get("GLIBC_TUNABLES") != MALLOC_TUNABLES:
-        os.environ["GLIBC_TUNABLES"] = MALLOC_TUNABLES
+    if not shared_environment().items() <= os.environ.items():
+        os.environ.update(shared_environment())
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.logprobs", *sys.argv[1:]])
     arguments = parse_arguments(__doc__)
     rows: list[dict[str, Any]] = []
