@@ -36,21 +36,23 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The CPU core of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
-sanitize: $(SANITIZED)/verify_driver
-	$<
+# The CPU cores of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
+sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver
+	for driver in $^; do $$driver; done
 
-$(SANITIZED)/verify_driver: csrc/tests/verify_driver.cpp $(NATIVE) Makefile
-	@mkdir -p $(SANITIZED)
+$(SANITIZED)/%_driver: csrc/tests/%_driver.cpp csrc/tests/driver.h $(NATIVE) Makefile
+	@mkdir -p $(SANITIZED)/$*
 	@flags="-std=c++17 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined"; \
 	flags="$$flags -fno-sanitize-recover=all -Icsrc"; \
-	compile() { echo "compiling $$1"; $(CXX) $$flags $${@:2} -c $$1 -o $(SANITIZED)/$$(basename $$1).o; }; \
+	compile() { echo "compiling $$1"; $(CXX) $$flags $${@:2} -c $$1 -o $(SANITIZED)/$*/$$(basename $$1).o; }; \
+	case $* in verify) simd=scan; core="verify_cpu problems";; logprobs) simd=logprobs; core=logprobs_cpu;; esac; \
 	if [ "$$(uname -m)" = x86_64 ]; then \
-		compile csrc/scan_avx512.cpp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c; \
-		compile csrc/scan_avx2.cpp -mavx2 -mfma -mf16c; \
+		compile csrc/$${simd}_avx512.cpp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c; \
+		compile csrc/$${simd}_avx2.cpp -mavx2 -mfma -mf16c; \
 	fi; \
-	for file in csrc/scan_portable.cpp csrc/verify_cpu.cpp csrc/problems.cpp $<; do compile $$file; done; \
-	$(CXX) $$flags -pthread $(SANITIZED)/*.o -o $@
+	for name in $${simd}_portable capability $$core; do compile csrc/$$name.cpp; done; \
+	compile $<; \
+	$(CXX) $$flags -pthread $(SANITIZED)/$*/*.o -o $@
 
 setup: $(READY)
 

@@ -1,9 +1,9 @@
 """Packages, entry points and the native extension: C++ always, CUDA where nvcc is found.
 
-The extension is two libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so`, which
-`rollout/verify.py` loads, and `rollout/_ngram.so`, plain C for `rollout/ngram.py`. The operators use torch's stable
-ABI. The compilers are called directly, because torch's own build helper compiles all files of a library with the same
-flags, and no CUDA beside a CPU build of torch.
+The extension is three libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so` for
+`rollout/verify.py` and `megatron_rl/_logprobs.so` for `megatron_rl/logprobs.py`, and `rollout/_ngram.so`, plain C for
+`rollout/ngram.py`. The operators use torch's stable ABI. The compilers are called directly, because torch's own build
+helper compiles all files of a library with the same flags, and no CUDA beside a CPU build of torch.
 
 Environment: `CXX` and `NVCC` name the compilers, `MEGATRON_RL_CUDA=0` leaves CUDA out.
 """
@@ -26,13 +26,17 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-
 NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
 NVCC_FLAGS += ["-gencode=arch=compute_100,code=compute_100"]  # for newer GPUs, compiled when first used
 SIMD_FLAGS = {
-    "csrc/scan_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-    "csrc/scan_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/problems.cpp", "csrc/verify_cpu.cpp", "csrc/scan_portable.cpp"]
-if platform.machine() == "x86_64":
-    CPU_SOURCES += SIMD_FLAGS
+CAPABILITIES = ["portable", *SIMD_FLAGS] if platform.machine() == "x86_64" else ["portable"]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
+
+
+def sources(*names: str) -> list[str]:
+    """Paths in csrc; a name with a star stands for one file per instruction set."""
+    each = (name.replace("*", capability) for name in names for capability in (CAPABILITIES if "*" in name else [""]))
+    return [f"csrc/{name}.cpp" for name in each]
 
 
 def find_nvcc() -> str | None:
@@ -112,7 +116,7 @@ class BuildNative(build_ext):
     def _compiler(source: str) -> list[str]:
         if source.endswith(".cu"):
             return [find_nvcc() or "nvcc", *NVCC_FLAGS]
-        return [CXX, *CXX_FLAGS, *SIMD_FLAGS.get(source, [])]
+        return [CXX, *CXX_FLAGS, *SIMD_FLAGS.get(Path(source).stem.rpartition("_")[2], [])]
 
     def _is_fresh(self, target: Path, inputs: list[str]) -> bool:
         if self.force or not target.exists():
@@ -121,9 +125,12 @@ class BuildNative(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The CPU library, and the CUDA library where it can be built."""
+    """The CPU libraries, and the CUDA library where it can be built."""
+    verify = sources("ops", "problems", "verify_cpu", "capability", "scan_*")
+    logprobs = sources("logprobs_ops", "logprobs_cpu", "capability", "logprobs_*")
     found = [
-        Extension("rollout._verify", CPU_SOURCES, libraries=["torch_cpu"]),
+        Extension("rollout._verify", verify, libraries=["torch_cpu"]),
+        Extension("megatron_rl._logprobs", logprobs, libraries=["torch_cpu"]),
         Extension("rollout._ngram", ["csrc/ngram.cpp"]),
     ]
     if find_nvcc():

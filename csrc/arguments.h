@@ -2,36 +2,18 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "rule.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+constexpr Checks kChecks{"verify_tokens"};
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("verify_tokens: " + message);
-}
-
-template <class T>
-const T* vector_of(const Tensor& tensor, const char* name, ScalarType dtype, const char* dtype_name, int64_t length,
-                   const Tensor& logits) {
-  const std::string prefix = std::string(name) + " must ";
-  require(tensor.dim() == 1 && tensor.size(0) == length,
-          prefix + "be one-dimensional with " + std::to_string(length) + " entries");
-  require(tensor.scalar_type() == dtype, prefix + "be " + dtype_name);
-  require(tensor.device() == logits.device(), prefix + "be on the device of logits");
-  require(tensor.is_contiguous(), prefix + "be contiguous");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
+inline void require(bool condition, const std::string& message) { kChecks.require(condition, message); }
 
 // A call's arguments, with the tensors that own what the pointers point to.
 struct Call {
@@ -39,27 +21,11 @@ struct Call {
   Tensor tokens, num_emitted, logprobs;
 };
 
-inline Dtype logits_dtype(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: throw std::invalid_argument("verify_tokens: logits must be float32, bfloat16 or float16");
-  }
-}
-
-inline void check_logits(const Tensor& logits) {
-  require(logits.dim() == 2, "logits must be two-dimensional, [rows, vocab]");
-  require(logits.size(1) >= 1, "logits must have at least one column");
-  require(logits.size(1) <= INT32_MAX, "logits must have fewer than 2^31 columns");
-  require(logits.size(1) == 1 || logits.stride(1) == 1, "logits must be contiguous in the last dimension");
-  require(logits.size(0) <= INT32_MAX, "logits must have fewer than 2^31 rows");
-}
-
 inline Call make_call(const Tensor& logits, const Tensor& cu_rows, const Tensor& draft_ids, const Tensor& temperature,
                       const Tensor& seeds, const Tensor& positions, int64_t max_rows,
                       const std::optional<Tensor>& draft_logprobs, const std::optional<Tensor>& lenience) {
-  check_logits(logits);
+  kChecks.check_logits(logits);
+  require(logits.size(1) >= 1, "logits must have at least one column");
   require(cu_rows.dim() == 1 && cu_rows.size(0) >= 1, "cu_rows must be one-dimensional with one entry per request + 1");
   const int64_t rows = logits.size(0), requests = cu_rows.size(0) - 1, drafts = rows - requests;
   require(drafts >= 0, "cu_rows has more requests than logits has rows");
@@ -71,23 +37,23 @@ inline Call make_call(const Tensor& logits, const Tensor& cu_rows, const Tensor&
   Tensor logprobs = torch::stable::new_empty(logits, {requests, max_rows}, ScalarType::Float);
   VerifyArguments a;
   a.logits = logits.const_data_ptr();
-  a.dtype = logits_dtype(logits);
+  a.dtype = kChecks.dtype_of(logits);
   a.row_stride = logits.stride(0);
   a.rows = rows;
   a.vocab = logits.size(1);
   a.requests = requests;
-  a.cu_rows = vector_of<int32_t>(cu_rows, "cu_rows", ScalarType::Int, "int32", requests + 1, logits);
-  a.draft_ids = vector_of<int32_t>(draft_ids, "draft_ids", ScalarType::Int, "int32", drafts, logits);
-  a.temperature = vector_of<float>(temperature, "temperature", ScalarType::Float, "float32", requests, logits);
-  a.seeds = vector_of<int64_t>(seeds, "seeds", ScalarType::Long, "int64", requests, logits);
-  a.positions = vector_of<int64_t>(positions, "positions", ScalarType::Long, "int64", requests, logits);
+  a.cu_rows = kChecks.vector_of<int32_t>(cu_rows, "cu_rows", ScalarType::Int, "int32", requests + 1, logits);
+  a.draft_ids = kChecks.vector_of<int32_t>(draft_ids, "draft_ids", ScalarType::Int, "int32", drafts, logits);
+  a.temperature = kChecks.vector_of<float>(temperature, "temperature", ScalarType::Float, "float32", requests, logits);
+  a.seeds = kChecks.vector_of<int64_t>(seeds, "seeds", ScalarType::Long, "int64", requests, logits);
+  a.positions = kChecks.vector_of<int64_t>(positions, "positions", ScalarType::Long, "int64", requests, logits);
   a.max_rows = max_rows;
   a.draft_logprobs = nullptr;
   a.lenience = nullptr;
   if (lenience.has_value()) {
     a.draft_logprobs =
-        vector_of<float>(*draft_logprobs, "draft_logprobs", ScalarType::Float, "float32", drafts, logits);
-    a.lenience = vector_of<float>(*lenience, "lenience", ScalarType::Float, "float32", requests, logits);
+        kChecks.vector_of<float>(*draft_logprobs, "draft_logprobs", ScalarType::Float, "float32", drafts, logits);
+    a.lenience = kChecks.vector_of<float>(*lenience, "lenience", ScalarType::Float, "float32", requests, logits);
   }
   a.tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());
   a.num_emitted = static_cast<int32_t*>(num_emitted.mutable_data_ptr());

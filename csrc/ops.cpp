@@ -15,13 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> verify_tokens(Tensor logits, Tensor cu_rows, 
                                                  std::optional<Tensor> draft_logprobs, std::optional<Tensor> lenience) {
   const Call call = make_call(logits, cu_rows, draft_ids, temperature, seeds, positions, max_rows, draft_logprobs,
                               lenience);
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const Workers workers{threads, [threads](const std::function<void()>& body) {
-                          torch::stable::parallel_for(0, threads, 1, [&body](int64_t begin, int64_t end) {
-                            for (int64_t i = begin; i < end; ++i) body();
-                          });
-                        }};
-  verify_cpu(call.arguments, workers);
+  verify_cpu(call.arguments, torch_workers());
   raise_for_problems(call.arguments.num_emitted, call.arguments.requests);
   return {call.tokens, call.num_emitted, call.logprobs};
 }

@@ -7,8 +7,6 @@
 #include "half.h"
 #include "noise.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
-
 // The arguments of megatron_rl::verify_tokens (DESIGN, section 6) as plain pointers.
 struct VerifyArguments {
   const void* logits;      // [rows, vocab]

@@ -1,18 +1,14 @@
 // One pass over a row of logits on the CPU: the largest noisy logit and the sum of exponentials, tile by tile.
 //
-// `Simd` (simd_avx512.h, simd_avx2.h, simd_portable.h) wraps the vectors of an instruction set; this is the algorithm.
 // A tile is scaled into a buffer that stays in the L1 cache while its maximum is found, and is then gone through once
 // more for everything else, while the next tile is fetched. So every logit comes from memory once.
 
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-#include "half.h"
 #include "rule.h"
-
-constexpr int64_t kTile = 4096;
+#include "tile.h"
 
 // The sum of exponentials of one tile: sum = sum over the tile of exp(scaled - max).
 // Sums are kept per tile and added in the order of the tiles, so that a log-probability does not depend on how many
@@ -47,47 +43,15 @@ Best scan_avx512(const RowView& row, int64_t begin, int64_t end, TileSum* sums);
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kExp2[] = {0.999999925f, 0.693153073f,   0.240153617f,
-                           0.055826318f, 0.00898934013f, 0.00187757666f};  // minimax for 2^f on [0, 1), 8e-8
-
 template <class Simd>
 struct Scan {
   using Floats = typename Simd::Floats;
   using Words = typename Simd::Words;
   static constexpr int kWidth = Simd::kWidth;
-  // Exponentials are summed in groups: thousands of small ones added to a large one would lose all their low bits.
-  static constexpr int kGroup = 16 * kWidth;
-  static_assert(kTile % kWidth == 0);
+  static constexpr int kGroup = Tile<Simd>::kGroup;
 
-  // Scales `count` logits into `tile`, fills up to a whole vector with -inf, and returns the maximum (NaN left aside).
-  template <class Logit>
-  static float load_tile(const Logit* logits, int count, float inverse_temperature, float* tile) {
-    const Floats scale = Simd::all(inverse_temperature);
-    Floats max = Simd::all(-INFINITY);
-    int i = 0;
-    for (; i + kWidth <= count; i += kWidth) {
-      const Floats x = Simd::multiply(Simd::load(logits + i), scale);
-      Simd::store(tile + i, x);
-      max = Simd::max(x, max);
-    }
-    if (i < count) {
-      for (int j = i; j < i + kWidth; ++j) {
-        tile[j] = j < count ? to_float(logits[j]) * inverse_temperature : -INFINITY;
-      }
-      max = Simd::max(Simd::load(tile + i), max);
-    }
-    return Simd::max_of(max);
-  }
-
-  // exp(tile - max), for tile <= max. Far below the maximum it stays at 2^-126: as good as 0, and never denormal.
-  static Floats exponentials(const float* tile, Floats max) {
-    const Floats exponent = Simd::multiply(Simd::subtract(Simd::load(tile), max), Simd::all(kLog2E));
-    const Floats t = Simd::max(Simd::all(-126.0f), exponent);
-    const Floats f = Simd::fraction(t);
-    Floats power = Simd::all(kExp2[5]);
-    for (int i = 4; i >= 0; --i) power = Simd::multiply_add(power, f, Simd::all(kExp2[i]));
-    return Simd::times_power_of_floor(power, t);
+  static Floats exponentials(const float* tile, float max) {
+    return Tile<Simd>::exponentials(Simd::subtract(Simd::load(tile), Simd::all(max)));
   }
 
   static float sum_tile(const float* tile, int count, float max, const char* next) {
@@ -95,8 +59,8 @@ struct Scan {
     for (int group = 0; group < count; group += kGroup) {
       Floats group_sum = Simd::all(0);
       for (int i = group; i < count && i < group + kGroup; i += kWidth) {
-        prefetch(next, i);
-        group_sum = Simd::add(group_sum, exponentials(tile + i, Simd::all(max)));
+        Tile<Simd>::prefetch(next, i);
+        group_sum = Simd::add(group_sum, exponentials(tile + i, max));
       }
       sum = Simd::add(sum, group_sum);
     }
@@ -116,8 +80,8 @@ struct Scan {
     for (int group = 0; group < count; group += kGroup) {
       Floats group_sum = Simd::all(0);
       for (int i = group; i < count && i < group + kGroup; i += kWidth) {
-        prefetch(next, i);
-        const Floats e = exponentials(tile + i, Simd::all(max));
+        Tile<Simd>::prefetch(next, i);
+        const Floats e = exponentials(tile + i, max);
         group_sum = Simd::add(group_sum, e);
         const Words hash = mix_but_last(absorb(row, scramble_product(id_product)));
         id_product = id_product + step;
@@ -152,17 +116,6 @@ struct Scan {
     }
   }
 
-  static bool has_nan(const float* tile, int count) {
-    for (int i = 0; i < count; ++i) {
-      if (is_nan(tile[i])) return true;
-    }
-    return false;
-  }
-
-  static void prefetch(const char* next, int i) {
-    if (next != nullptr) __builtin_prefetch(next + static_cast<std::ptrdiff_t>(i) * 4);
-  }
-
   template <class Logit>
   static Best scan(const RowView& row, int64_t begin, int64_t end, TileSum* sums) {
     alignas(64) float tile[kTile];
@@ -172,10 +125,10 @@ struct Scan {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(first + kTile <= row.vocab ? kTile : row.vocab - first);
       const char* next = t + 1 < end ? reinterpret_cast<const char*>(logits + first + kTile) : nullptr;
-      const float max = load_tile(logits + first, count, row.inverse_temperature, tile);
+      const float max = Tile<Simd>::load(logits + first, count, row.inverse_temperature, tile);
       if (max == -INFINITY || max == INFINITY) {
         // Wholly masked out, or an error: nothing to sum, and infinities would only make NaN.
-        sums[t] = {max, has_nan(tile, count) ? NAN : 0.0f};
+        sums[t] = {max, Tile<Simd>::has_nan(tile, count) ? NAN : 0.0f};
         continue;
       }
       if (row.greedy) {

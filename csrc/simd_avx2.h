@@ -1,4 +1,4 @@
-// Vectors of 8 for scan.h: AVX2, FMA, F16C.
+// Vectors of 8 for tile.h, scan.h and logprobs_kernels.h: AVX2, FMA, F16C.
 
 #pragma once
 
@@ -39,6 +39,19 @@ struct Avx2 {
   }
   static Floats load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+  static void store(BFloat16* p, Floats x) {  // rounds as store in half.h does
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0), nan);
+    const __m128i low = _mm256_castsi256_si128(result), high = _mm256_extracti128_si256(result, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+  static void store(Half* p, Floats x) {
+    const __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+  }
   static Floats all(float x) { return _mm256_set1_ps(x); }
   static Words consecutive(uint32_t first) {
     return {_mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), Words(first).v)};
@@ -63,6 +76,10 @@ struct Avx2 {
   }
   static uint32_t less(Floats a, Floats b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+  }
+  // value, or 0 in the lanes where x < limit
+  static Floats zero_where_less(Floats x, Floats limit, Floats value) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), value);
   }
   static Floats to_floats(Words a) { return _mm256_cvtepi32_ps((a >> 8).v); }
 

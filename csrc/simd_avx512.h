@@ -1,4 +1,4 @@
-// Vectors of 16 for scan.h: AVX-512 F, BW, DQ, VL.
+// Vectors of 16 for tile.h, scan.h and logprobs_kernels.h: AVX-512 F, BW, DQ, VL.
 
 #pragma once
 
@@ -41,6 +41,19 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+  static void store(BFloat16* p, Floats x) {  // rounds as store in half.h does
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __m512i high = _mm512_srli_epi32(rounded, 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+  }
+  static void store(Half* p, Floats x) {
+    const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  }
   static Floats all(float x) { return _mm512_set1_ps(x); }
   static Words consecutive(uint32_t first) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -55,6 +68,10 @@ struct Avx512 {
   static float max_of(Floats a) { return _mm512_reduce_max_ps(a); }
   static float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
   static uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  // value, or 0 in the lanes where x < limit
+  static Floats zero_where_less(Floats x, Floats limit, Floats value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), value);
+  }
   static Floats to_floats(Words a) { return _mm512_cvtepu32_ps(a.v); }
 
   static Floats fraction(Floats t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF); }  // t - floor(t)

@@ -1,4 +1,4 @@
-// Vectors of 8 for scan.h in plain C++: what runs where neither AVX2 nor AVX-512 is there.
+// Vectors of 8 for tile.h, scan.h and logprobs_kernels.h in plain C++: what runs where neither AVX2 nor AVX-512 is there.
 
 #pragma once
 
@@ -61,8 +61,9 @@ struct Portable {
     for (int lane = 0; lane < kWidth; ++lane) result.v[lane] = to_float(p[lane]);
     return result;
   }
-  static void store(float* p, const Floats& x) {
-    for (int lane = 0; lane < kWidth; ++lane) p[lane] = x.v[lane];
+  template <class Logit>
+  static void store(Logit* p, const Floats& x) {
+    for (int lane = 0; lane < kWidth; ++lane) ::store(p + lane, x.v[lane]);
   }
   static Floats all(float x) {
     Floats result;
@@ -103,6 +104,12 @@ struct Portable {
     uint32_t lanes = 0;
     for (int lane = 0; lane < kWidth; ++lane) lanes |= static_cast<uint32_t>(a.v[lane] < b.v[lane]) << lane;
     return lanes;
+  }
+  // value, or 0 in the lanes where x < limit
+  static Floats zero_where_less(const Floats& x, const Floats& limit, const Floats& value) {
+    Floats result;
+    for (int lane = 0; lane < kWidth; ++lane) result.v[lane] = x.v[lane] < limit.v[lane] ? 0 : value.v[lane];
+    return result;
   }
   static Floats to_floats(const Words& a) {
     Floats result;

@@ -1,12 +1,9 @@
 #include "verify_cpu.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "capability.h"
 #include "scan.h"
 
 namespace {
@@ -15,29 +12,6 @@ namespace {
 constexpr int64_t kSerialLogits = 32768;
 // Items per thread that are aimed at, so that threads finish together although some are slowed by a neighbour.
 constexpr int64_t kItemsPerThread = 4;
-
-ScanFunction choose_scan() {
-#ifdef __x86_64__
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const ScanFunction with_avx512 = avx512 ? scan_avx512 : nullptr;
-  const ScanFunction with_avx2 = avx2 ? scan_avx2 : nullptr;
-#else
-  const ScanFunction with_avx512 = nullptr, with_avx2 = nullptr;
-#endif
-  const char* wanted = std::getenv("MEGATRON_RL_CPU_CAPABILITY");
-  if (wanted == nullptr) return with_avx512 ? with_avx512 : with_avx2 ? with_avx2 : scan_portable;
-  const std::string name = wanted;
-  if (name != "avx512" && name != "avx2" && name != "portable") {
-    throw std::invalid_argument("MEGATRON_RL_CPU_CAPABILITY is \"" + name + "\"; use avx512, avx2 or portable");
-  }
-  const ScanFunction chosen = name == "avx512" ? with_avx512 : name == "avx2" ? with_avx2 : scan_portable;
-  if (chosen == nullptr) {
-    throw std::invalid_argument("MEGATRON_RL_CPU_CAPABILITY is \"" + name + "\", which this processor does not have");
-  }
-  return chosen;
-}
 
 bool cu_rows_are_consistent(const VerifyArguments& a) {
   if (a.cu_rows[0] != 0 || a.cu_rows[a.requests] != a.rows) return false;
@@ -70,8 +44,7 @@ bool check_request(const VerifyArguments& a, int64_t request) {
 }
 
 const void* address_of_row(const VerifyArguments& a, int64_t row) {
-  const int64_t size = a.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(Half);
-  return static_cast<const char*>(a.logits) + row * a.row_stride * size;
+  return static_cast<const char*>(a.logits) + row * a.row_stride * element_size(a.dtype);
 }
 
 RowResult combine(const TileSum* sums, int64_t tiles, const Best* bests, int64_t shares) {
@@ -103,7 +76,7 @@ RowResult combine(const TileSum* sums, int64_t tiles, const Best* bests, int64_t
 class Walk {
  public:
   Walk(const VerifyArguments& arguments, const Workers& workers)
-      : a_(arguments), workers_(workers), scan_(choose_scan()), tiles_((arguments.vocab + kTile - 1) / kTile) {}
+      : a_(arguments), workers_(workers), scan_(FOR_THIS_CPU(scan)), tiles_((arguments.vocab + kTile - 1) / kTile) {}
 
   void run(std::vector<int64_t> active) {
     for (int64_t row = 0; !active.empty(); ++row) {
@@ -123,17 +96,10 @@ class Walk {
     shares_ = serial ? 1 : std::min(tiles_, (kItemsPerThread * workers_.count + count - 1) / count);
     sums_.resize(count * tiles_);
     bests_.resize(count * shares_);
-    std::atomic<int64_t> next{0};
-    const auto body = [&] {
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count * shares_;) {
-        scan_share(active[item / shares_], row, item / shares_, item % shares_);
-      }
-    };
-    if (serial) {
-      body();
-    } else {
-      workers_.run(body);
-    }
+    const int64_t items = count * shares_;
+    share_out(workers_, items, serial ? items : 1, [&](int64_t item) {
+      scan_share(active[item / shares_], row, item / shares_, item % shares_);
+    });
   }
 
   void scan_share(int64_t request, int64_t row, int64_t place, int64_t share) {

@@ -2,15 +2,8 @@
 
 #pragma once
 
-#include <functional>
-
 #include "rule.h"
-
-// The threads that share the work: `run(body)` calls body() `count` times, on as many threads as there are.
-struct Workers {
-  int count;
-  std::function<void(const std::function<void()>& body)> run;
-};
+#include "workers.h"
 
 // Fills tokens, num_emitted and logprobs. Problems in the data end up in num_emitted (see rule.h). Throws
 // std::invalid_argument when MEGATRON_RL_CPU_CAPABILITY names an instruction set that does not exist or is not here.

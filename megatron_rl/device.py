@@ -120,10 +120,11 @@ def process_environment(config: Config, processes_per_node: int) -> dict[str, st
     counts must add up to the cores.
     """
     threads = config.train.threads or max(cores() // processes_per_node, 1)
-    return {"OMP_NUM_THREADS": str(threads), **_shared_environment()}
+    return {"OMP_NUM_THREADS": str(threads), **shared_environment()}
 
 
-def _shared_environment() -> dict[str, str]:
+def shared_environment() -> dict[str, str]:
+    """What the environments of trainer and engine processes have in common."""
     environment = {"TOKENIZERS_PARALLELISM": "false", "GLIBC_TUNABLES": MALLOC_TUNABLES}
     if on_gpu():
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
@@ -136,7 +137,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
     """How engines start on this machine. `vocab_limit`: token ids from here on are never sampled."""
     from rollout.engine import EngineEnvironment
 
-    environment = _shared_environment()
+    environment = shared_environment()
     # The trainer sends the weights before the first request, so engines need not read them.
     vllm: dict[str, object] = {"load_format": "dummy"}
     if on_gpu():

@@ -111,11 +111,12 @@ def required(name: str) -> Finding:
 def native_kernels() -> Finding:
     """The libraries that `setup.py` builds."""
     status, output = probe(
-        "import rollout.ngram, rollout.verify; rollout.ngram.NgramDrafter(1, 1 << 16); print('load')"
+        "import megatron_rl.logprobs, rollout.ngram, rollout.verify\n"
+        "rollout.ngram.NgramDrafter(1, 1 << 16); print('load')"
     )
     if status != 0:
-        return Finding("native kernels", "broken", f"no rollouts ({output})", "problem")
-    return Finding("native kernels", output, "verification of drafts, n-gram drafts")
+        return Finding("native kernels", "broken", f"no training and no rollouts ({output})", "problem")
+    return Finding("native kernels", output, "verification of drafts, n-gram drafts, log-probs")
 
 
 def import_breakers() -> list[Finding]:

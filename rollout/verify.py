@@ -7,7 +7,6 @@ is the verification of an empty draft, and drafts change the speed but not the t
 without exchanging probabilities: "coupling without communication", arXiv 2408.07978.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rollout.native import load_operators
 from rollout.noise import GREEDY_BELOW, acceptance_uniforms, coupled_sample, scale
-
-_REMEDY = "run `make setup`, or `pip install --no-build-isolation -e .` in your own environment"
 
 
 class Verified(NamedTuple):
@@ -31,18 +29,7 @@ class Verified(NamedTuple):
     """float32: log-probability of each token under softmax(logits / T); 0 after the last."""
 
 
-@cache
-def _load(name: str) -> None:
-    library = Path(__file__).with_name(name)
-    if not library.is_file():
-        raise ImportError(f"The native library rollout/{name} has not been built: {_REMEDY}.")
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        raise ImportError(f"rollout/{name} does not fit torch {torch.__version__} ({error}); {_REMEDY}.") from error
-
-
-_load("_verify.so")
+load_operators(Path(__file__).with_name("_verify.so"))
 
 
 def verify_tokens(
@@ -88,7 +75,7 @@ def verify_tokens(
         ImportError: `logits` is on CUDA, and the CUDA library has not been built.
     """
     if logits.is_cuda:
-        _load("_verify_cuda.so")
+        load_operators(Path(__file__).with_name("_verify_cuda.so"))
     arguments = logits, cu_rows, draft_ids, temperature, seeds, positions, max_rows, draft_logprobs, lenience
     return Verified(*torch.ops.megatron_rl.verify_tokens(*arguments))
 

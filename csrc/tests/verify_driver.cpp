@@ -1,59 +1,16 @@
 // Drives the CPU core without torch, for `make sanitize`: every instruction set, dtype, layout and rule, on buffers that
 // end exactly where the data ends, so that the sanitizers see any access beyond. Results are compared with a plain loop.
 
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <type_traits>
 #include <vector>
 
-#include "half.h"
+#include "driver.h"
 #include "problems.h"
 #include "verify_cpu.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  ++failures;
-}
-
-struct Random {
-  uint64_t state;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state >> 33);
-  }
-  float between(float low, float high) { return low + (high - low) * static_cast<float>(next()) / 0x1p31f; }
-};
-
-float from_float(float x, float*) { return x; }
-BFloat16 from_float(float x, BFloat16*) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-// Rounds towards zero; enough for values that are normal in half precision, and -inf.
-Half from_float(float x, Half*) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-  if (magnitude >= 0x7F800000) return {static_cast<uint16_t>(sign | 0x7C00)};
-  if (magnitude < 0x38800000) return {static_cast<uint16_t>(sign)};
-  return {static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13)};
-}
-
-template <class Logit>
-constexpr Dtype dtype_of() {
-  if (std::is_same_v<Logit, float>) return Dtype::kFloat32;
-  return std::is_same_v<Logit, BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
-}
 
 // A batch of requests with 0, 1, 2, ... drafts. Every array is exactly as long as it has to be.
 template <class Logit>
@@ -79,7 +36,7 @@ struct Batch {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t v = 0; v < vocab; ++v) {
         const bool masked = v != row % vocab && random.next() % 8 == 0;
-        logits[row * stride + v] = from_float(masked ? -INFINITY : random.between(-8, 8), static_cast<Logit*>(nullptr));
+        store(&logits[row * stride + v], masked ? -INFINITY : random.between(-8, 8));
       }
     }
     for (int64_t i = 0; i < rows - requests; ++i) {
@@ -136,13 +93,6 @@ struct Batch {
   }
 };
 
-const Workers kAlone{1, [](const std::function<void()>& body) { body(); }};
-const Workers kThree{3, [](const std::function<void()>& body) {
-                       std::vector<std::thread> threads;
-                       for (int i = 0; i < 3; ++i) threads.emplace_back(body);
-                       for (std::thread& thread : threads) thread.join();
-                     }};
-
 template <class Logit>
 void run_all(const std::string& name) {
   for (const int64_t vocab : {1, 7, 8, 16, 33, 4095, 4096, 4097, 20'001}) {
@@ -176,21 +126,11 @@ void run_broken(const std::string& expected, void (*break_it)(Batch<float>&)) {
 }  // namespace
 
 int main() {
-  int capabilities = 0;
-  for (const char* capability : {"portable", "avx2", "avx512"}) {
-    setenv("MEGATRON_RL_CPU_CAPABILITY", capability, 1);
-    try {
-      Batch<float> probe(1, 1, 0, false, Random{1});
-      verify_cpu(probe.arguments, kAlone);
-    } catch (const std::invalid_argument& error) {
-      std::printf("skipped: %s\n", error.what());
-      continue;
-    }
-    ++capabilities;
-    run_all<float>(std::string(capability) + ", float32");
-    run_all<BFloat16>(std::string(capability) + ", bfloat16");
-    run_all<Half>(std::string(capability) + ", float16");
-  }
+  for_each_capability([](const std::string& capability) {
+    run_all<float>(capability + ", float32");
+    run_all<BFloat16>(capability + ", bfloat16");
+    run_all<Half>(capability + ", float16");
+  });
   run_broken("holds NaN", [](Batch<float>& b) { b.logits[0] = NAN; });
   run_broken("only -inf", [](Batch<float>& b) {
     for (int v = 0; v < 50; ++v) b.logits[v] = -INFINITY;
@@ -201,6 +141,5 @@ int main() {
   run_broken("cu_rows", [](Batch<float>& b) { b.cu_rows[1] = -5; });
   run_broken("max_rows", [](Batch<float>& b) { b.arguments.max_rows = 2; });
   run_broken("temperature", [](Batch<float>& b) { b.temperature[5] = NAN; });
-  std::printf("%d instruction sets, %d failures\n", capabilities, failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }

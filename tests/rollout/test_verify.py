@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from rollout import verify
+from rollout.native import load_operators
 from rollout.noise import coupled_sample
 from rollout.verify import Verified, raise_for_status, verify_tokens, verify_tokens_reference
 from tests.rollout.verify_cases import (
@@ -350,7 +352,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_library_that_was_not_built_says_how_to_build_it() -> None:
     with pytest.raises(ImportError, match="rollout/_nothing.so has not been built: run `make setup`"):
-        verify._load("_nothing.so")
+        load_operators(Path(verify.__file__).with_name("_nothing.so"))
 
 
 def test_the_operator_has_shapes_without_data() -> None:

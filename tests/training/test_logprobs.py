@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megatron_rl import logprobs as module
 from megatron_rl.logprobs import token_logprobs
 
 
@@ -23,8 +22,7 @@ def plain(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, limit:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 37])
 @pytest.mark.parametrize(("width", "limit"), [(99, 97), (64, 64)])
-def test_values_and_gradients_equal_plain_pytorch(dtype, rows, width, limit, group, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 500)  # several chunks, the last one short
+def test_values_and_gradients_equal_plain_pytorch(dtype, rows, width, limit, group):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(rows, width, generator=generator) * 4).to(dtype)
     tokens = torch.randint(0, limit, (rows,), generator=generator)
