@@ -7,9 +7,10 @@ alternate. A slice is the forward and backward pass of one small transformer lay
 within waits, over the time that unfilled steps spend waiting (or filled ones, if that is more); a step's cost is the
 median over pairs of neighbouring steps.
 
-"computed" stages really compute. Where there are fewer cores than ranks, a rank that waits leaves its core to another
-one: there is no idle time to use, filling it must slow the step down, and the row shows by how much. "timed" stages
-sleep for as long as their passes would take, as if each rank had a device of its own, and only the slices compute.
+"computed" stages and slices really compute. Where there are fewer cores than ranks, a rank that waits leaves its core
+to another one: there is no idle time to use, filling must slow the step down, and the row shows by how much. "timed"
+stages and slices sleep for as long as they would take, as if each rank had a device of its own, which its host waits
+for: they show what the scheduling of slices does, over real communication, and nothing about computing.
 The ratios are those of computed stages where the cores suffice, else those of timed stages; the names of the ratios
 `..._computed` and `..._timed` tell them apart. `filled_vs_unfilled_step` is the worse of PP=2 and PP=4, on that rule.
 """
@@ -36,7 +37,7 @@ from megatron_rl import cpu_backend, device
 
 HIDDEN, TOKENS, MICROBATCHES, LAYERS = 256, 128, 4, 4
 SLICE_HIDDEN, SLICE_TOKENS = 128, 64
-TIMED_FORWARD = 0.012
+TIMED_FORWARD, TIMED_SLICE = 0.012, 0.002
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class DrafterLayer:
 
     kind = "forward_backward"
 
-    def __init__(self) -> None:
-        self.layer = Layer(SLICE_HIDDEN)
+    def __init__(self, timed: bool) -> None:
+        self.timed, self.layer = timed, Layer(SLICE_HIDDEN)
         self.rows = torch.randn(SLICE_TOKENS, 1, SLICE_HIDDEN)
 
     def next(self) -> "DrafterLayer":
@@ -125,7 +126,10 @@ class DrafterLayer:
 
     def run(self) -> None:
         """One slice; the gradients accumulate."""
-        self.layer(self.rows).square().mean().backward()
+        if self.timed:
+            time.sleep(TIMED_SLICE)
+        else:
+            self.layer(self.rows).square().mean().backward()
 
 
 def join(rank: int, stages: int, store: str) -> TransformerConfig:
@@ -157,7 +161,7 @@ def run_rank(rank: int, case: Case, store: str, results: Any) -> None:
     """Measure in one rank; the first one puts (step seconds, stats of all ranks) of both kinds of step to `results`."""
     config = join(rank, case.stages, store)
     stage = Stage(config, case.timed)
-    fill = device.idle_fill(SliceRunner(DrafterLayer()))
+    fill = device.idle_fill(SliceRunner(DrafterLayer(case.timed)))
     communicator = BubbleCommunicator(parallel_state.get_pipeline_model_parallel_group(), config, fill)
     config.finalize_model_grads_func = communicator.flushing(lambda *arguments, **options: None)
     data = [torch.randn(TOKENS, 1, HIDDEN) for _ in range(MICROBATCHES)]

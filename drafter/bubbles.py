@@ -6,8 +6,8 @@
     stats = communicator.take_stats()
 
 The schedules take the communicator as an argument, so nothing of megatron-core is replaced; what is computed and
-sent, and in which order, stays as it is. Served are one-forward-one-backward and interleaved schedules, with and without
-`variable_seq_lengths`; with `overlap_p2p_comm` the schedule itself waits, and those waits stay unfilled.
+sent, and in which order, stays as it is. Served are one-forward-one-backward and interleaved schedules, with and
+without `variable_seq_lengths`; with `overlap_p2p_comm` the schedule itself waits, and those waits stay unfilled.
 """
 
 import statistics

@@ -1,10 +1,11 @@
 """A small pipeline over gloo: the same passes plain, measured and filled, through megatron-core's own schedules.
 
-pipeline_worker FOLDER WORLD_SIZE CHUNKS [DIE_AT_SLICE]
+pipeline_worker FOLDER JOB [JOB ...]
 
-Forks WORLD_SIZE ranks (one import of megatron-core serves all), with CHUNKS model chunks each (more than 1: the
-interleaved schedule). Each saves what it computed to FOLDER/rankN.pt. With DIE_AT_SLICE, rank 0 ends without a word in
-that slice, and the others write the seconds they lived and their error to FOLDER/rankN.txt.
+JOB is WORLD_SIZExCHUNKS, or WORLD_SIZExCHUNKSxDIE_AT_SLICE, or simulateCOUNT. Jobs run one after the other in forked
+ranks (so that one import of megatron-core serves all) with CHUNKS model chunks each (more than 1: the interleaved
+schedule), and each rank saves what it computed to FOLDER/JOB/rankN.pt. With DIE_AT_SLICE, rank 0 ends without a word in
+that slice, and the others write the seconds they lived and their error to rankN.txt. Exit codes go to FOLDER/JOB/codes.
 """
 
 import multiprocessing
@@ -26,6 +27,7 @@ from drafter.fill import ThreadFill
 from drafter.slices import SliceRunner
 from drafter.timeline import gather, write_trace
 from megatron_rl import cpu_backend
+from tests.drafter import simulated
 
 HIDDEN = 32
 
@@ -158,17 +160,23 @@ def run_rank(rank: int, folder: Path, world_size: int, count: int, die_at: int |
 
 
 def main() -> None:
-    folder, world_size, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    die_at = int(sys.argv[4]) if len(sys.argv) > 4 else None
     fork = multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=run_rank, args=(rank, folder, world_size, count, die_at)) for rank in range(world_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
+    for job in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / job
+        folder.mkdir()
+        if job.startswith("simulate"):
+            ranks = [fork.Process(target=simulated.main, args=(int(job.removeprefix("simulate")),))]
+        else:
+            world_size, count, die_at = (*map(int, job.split("x")), None)[:3]
+            ranks = [
+                fork.Process(target=run_rank, args=(rank, folder, world_size, count, die_at))
+                for rank in range(world_size)
+            ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        (folder / "codes").write_text(" ".join(str(process.exitcode) for process in ranks))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,35 @@ import torch
 from drafter.timeline import KINDS
 from tests.launching import ROOT
 
+JOBS = ("2x1", "4x1", "3x2", "3x1x20", "simulate100")
 
-def run_pipeline(folder: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.drafter.pipeline_worker", str(folder), *map(str, arguments)],
+
+def run_jobs(folder: Path, *jobs: str) -> dict[str, list[int]]:
+    """The exit codes of each job's ranks; the jobs' files are in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.drafter.pipeline_worker", str(folder), *jobs],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
     )
+    print(done.stdout, done.stderr)
+    return {job: list(map(int, (folder / job / "codes").read_text().split())) for job in jobs}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("pipelines")
+    return folder, run_jobs(folder, *JOBS)
 
 
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (4, 1), (3, 2)], ids=["pp2", "pp4", "pp3-interleaved"])
-def test_filling_changes_neither_losses_nor_gradients_by_a_bit(stages: int, chunks: int, tmp_path: Path):
-    done = run_pipeline(tmp_path, stages, chunks)
-    assert done.returncode == 0, done.stderr[-6000:]
+def test_filling_changes_neither_losses_nor_gradients_by_a_bit(stages: int, chunks: int, jobs):
+    folder, codes = jobs[0] / f"{stages}x{chunks}", jobs[1]
+    assert codes[f"{stages}x{chunks}"] == [0] * stages
     for rank in range(stages):
-        result = torch.load(tmp_path / f"rank{rank}.pt")
+        result = torch.load(folder / f"rank{rank}.pt")
         for name in ("unfilled", "filled"):
             for (plain_losses, plain), (losses, gradients) in zip(result["plain"], result[name], strict=True):
                 assert losses == plain_losses
@@ -41,7 +52,7 @@ def test_filling_changes_neither_losses_nor_gradients_by_a_bit(stages: int, chun
         assert all(gradient is None for gradient in result["plain"][1][1])  # the forward-only pass
         assert result["flushes"] == [True] * 6  # plain, unfilled and four filled updates
         check_stats(result)
-    check_trace(tmp_path / "trace.json", stages)
+    check_trace(folder / "trace.json", stages)
 
 
 def check_stats(result: dict) -> None:
@@ -63,10 +74,20 @@ def check_trace(file: Path, stages: int) -> None:
             assert start >= end - 1e-3, "a rank does one thing at a time"
 
 
-def test_a_rank_that_dies_in_a_slice_fails_the_others_soon(tmp_path: Path):
-    done = run_pipeline(tmp_path, 3, 1, 20)
-    assert done.returncode != 0
+def test_a_rank_that_dies_in_a_slice_fails_the_others_soon(jobs):
+    folder, codes = jobs
+    assert codes["3x1x20"][0] == 7
     for rank in (1, 2):
-        seconds, _, error = (tmp_path / f"rank{rank}.txt").read_text().partition(" ")
+        assert codes["3x1x20"][rank] == 1
+        seconds, _, error = (folder / "3x1x20" / f"rank{rank}.txt").read_text().partition(" ")
         assert float(seconds) < 30
         assert "gloo" in error or "onnection" in error
+
+
+def test_random_schedules_complete(jobs):
+    assert jobs[1]["simulate100"] == [0]
+
+
+@pytest.mark.slow
+def test_a_thousand_random_schedules_complete(tmp_path: Path):
+    assert run_jobs(tmp_path, "simulate1000") == {"simulate1000": [0]}
