@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from drafter.slices import Filled, Slice, SliceRunner
+from drafter.slices import Filled, Slice, SliceRunner, run_directly
 
 Operation = Callable[[], Any]
 
@@ -108,6 +108,6 @@ class CudaFill(ThreadFill):
 
     def _execute(self, piece: Slice) -> None:
         with torch.cuda.stream(self._stream):
-            piece.run()
+            run_directly(piece)
         # One slice at a time: it is the unit in which the device is given back, and its duration is measured.
         self._stream.synchronize()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 Clock = Callable[[], float]
 """Seconds, from any origin, never backwards."""
 Pending = Callable[[float], bool]
@@ -39,8 +41,9 @@ class SliceSource(Protocol):
 
 
 def run_directly(piece: Slice) -> None:
-    """How a slice runs where nothing special is to be done."""
-    piece.run()
+    """Run a slice here, with gradients, which the waiting pass may have switched off (that of the log-probs does)."""
+    with torch.enable_grad():
+        piece.run()
 
 
 class Durations:

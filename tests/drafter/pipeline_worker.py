@@ -89,16 +89,17 @@ def run_pass(chunks, communicator, forward_only):
     losses: list[float] = []
     for chunk in chunks:
         chunk.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=partial(forward_step, losses),
-        data_iterator=[iter(data) for _ in chunks] if len(chunks) > 1 else iter(data),
-        model=chunks,
-        num_microbatches=microbatches,
-        seq_length=64,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        **(communicator.start_pass(microbatches, forward_only) if communicator else {}),
-    )
+    with torch.set_grad_enabled(not forward_only):
+        get_forward_backward_func()(
+            forward_step_func=partial(forward_step, losses),
+            data_iterator=[iter(data) for _ in chunks] if len(chunks) > 1 else iter(data),
+            model=chunks,
+            num_microbatches=microbatches,
+            seq_length=64,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            **(communicator.start_pass(microbatches, forward_only) if communicator else {}),
+        )
     gradients = [parameter.grad for chunk in chunks for parameter in chunk.parameters()]
     return losses, [None if gradient is None else gradient.clone() for gradient in gradients]
 

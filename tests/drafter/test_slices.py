@@ -101,7 +101,7 @@ def test_without_work_the_wait_goes_on_unfilled():
 def test_idle_until_fit_ends_in_a_fit(duration: float):
     for elapsed in (0.0, 1.0, 4.9, 5.1, 7.0, 20.0):
         idle = idle_until_fit(5.0, elapsed, duration, 0.8)
-        assert idle_until_fit(5.0, elapsed + idle + 1e-9, duration, 0.8) == 0
+        assert idle == 0 or idle_until_fit(5.0, elapsed + idle + 1e-9, duration, 0.8) == 0
 
 
 def test_a_tail_is_filled_until_the_device_is_wanted():
