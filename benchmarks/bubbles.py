@@ -35,9 +35,10 @@ from drafter.bubbles import BubbleCommunicator
 from drafter.slices import SliceRunner
 from megatron_rl import cpu_backend, device
 
-HIDDEN, TOKENS, MICROBATCHES, LAYERS = 256, 128, 4, 4
+HIDDEN, TOKENS, MICROBATCHES, LAYERS = 256, 128, 4, 8
 SLICE_HIDDEN, SLICE_TOKENS = 128, 64
-TIMED_FORWARD, TIMED_SLICE = 0.012, 0.002
+TIMED_FORWARD, TIMED_SLICE = 0.023, 0.002
+WARMUP_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ def run_rank(rank: int, case: Case, store: str, results: Any) -> None:
     data = [torch.randn(TOKENS, 1, HIDDEN) for _ in range(MICROBATCHES)]
     steps: dict[bool, list[float]] = {False: [], True: []}
     waits: dict[bool, list[tuple[float, float, float, int]]] = {False: [], True: []}
-    warmups = 5
-    for step in range(-2 * warmups, 2 * case.pairs):
+    for step in range(-2 * WARMUP_PAIRS, 2 * case.pairs):
         # Swapping the order within pairs cancels what favours the first or the second.
         filled = communicator.filling = (step % 2 == 0) ^ (step // 2 % 2 == 0)
         torch.distributed.barrier()
@@ -239,7 +239,7 @@ def measure_case(case: Case) -> dict[str, Any]:
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(__doc__)
-    pairs = 15 if arguments.quick else 60
+    pairs = 10 if arguments.quick else 40
     cases = [Case(2, False, pairs), Case(4, False, pairs), Case(4, True, pairs)]
     rows = {case.name: measure_case(case) for case in cases}
     cores = len(os.sched_getaffinity(0))

@@ -83,11 +83,15 @@ class ThreadFill:
 
 
 class CudaFill(ThreadFill):
-    """Slices go to a stream of the lowest priority; the operation keeps the caller's device and stream."""
+    """Slices go to a stream of their own; the operation keeps the caller's device and stream.
+
+    The stream has the lowest priority there is, which is also that of the default stream: a slice that is still running
+    when the wait ends yields to the training step only if the latter runs on a stream of higher priority.
+    """
 
     def __init__(self, runner: SliceRunner) -> None:
         super().__init__(runner)
-        self._stream = torch.cuda.Stream(priority=0)  # larger numbers mean lower priority; 0 is the lowest there is
+        self._stream = torch.cuda.Stream(priority=0)  # the largest number, so the lowest priority
         runner.execute = self._execute
 
     def settle(self) -> None:
