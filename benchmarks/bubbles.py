@@ -198,7 +198,7 @@ def run_rank(rank: int, case: Case, store: str, results: Any) -> None:
 
 
 def measure_case(case: Case) -> dict[str, Any]:
-    """One row of the table; `fill` and `cost` are what the ratios are made of."""
+    """One row of the table: medians per step, summed over ranks; `fill` and `cost` are what the ratios are made of."""
     fork = multiprocessing.get_context("fork")
     results = fork.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -224,14 +224,13 @@ def measure_case(case: Case) -> dict[str, Any]:
     return {
         "case": case.name,
         "slice [ms]": 1e3 * statistics.median(duration for _, duration in gathered),
-        "slices a step": int(total[True][3]),
-        "idle, unfilled [ms]": 1e3 * total[False][0],
-        "idle, filled [ms]": 1e3 * total[True][0],
+        "slices": int(total[True][3]),
+        "idle [ms]": 1e3 * idle,
         "filled [ms]": 1e3 * total[True][1],
         "overrun [ms]": 1e3 * total[True][2],
         "fill": total[True][1] / idle,
-        "step, unfilled [ms]": 1e3 * statistics.median(steps[False]),
-        "step, filled [ms]": 1e3 * statistics.median(steps[True]),
+        "unfilled step [ms]": 1e3 * statistics.median(steps[False]),
+        "filled step [ms]": 1e3 * statistics.median(steps[True]),
         "cost": statistics.median(pairs),
     }
 
