@@ -40,7 +40,7 @@ class ThreadFill:
 
     def __init__(self, runner: SliceRunner) -> None:
         self.runner = runner
-        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._helper: threading.Thread | None = None
 
     def settle(self) -> None:
@@ -71,9 +71,14 @@ class ThreadFill:
             raise call.error
         return call.result, call.end, filled
 
+    def close(self) -> None:
+        """Let the helper thread end; the next call would start another."""
+        if self._helper is not None:
+            self._calls.put(None)
+            self._helper = None
+
     def _serve(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             try:
                 call.result = call.operation()
             except BaseException as error:  # handed to the thread that waits for it

@@ -1,5 +1,6 @@
 """The schedules of megatron-core with the filler: threads stand for ranks, channels stand for the network."""
 
+import faulthandler
 import queue
 import random
 import threading
@@ -17,7 +18,7 @@ from drafter.fill import ThreadFill
 from drafter.slices import SliceRunner
 from megatron_rl import cpu_backend
 
-TIMEOUT = 10.0
+TIMEOUT = 40.0  # of one wait in seconds; a machine that stalls must not look like a deadlock
 
 
 class Group:
@@ -117,8 +118,9 @@ def simulate(seed: int) -> int:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * TIMEOUT)
+        thread.join(1.5 * TIMEOUT)
     if errors or any(thread.is_alive() for thread in threads):
+        faulthandler.dump_traceback()
         layout = f"{size} stages, {chunks} chunks, {microbatches} micro-batches, forward only {forward_only}"
         raise RuntimeError(f"schedule {seed} ({layout}) did not complete: {errors}")
     return sum(slices)
@@ -163,6 +165,7 @@ def run_rank(rank: int, size: int, chunks: int, microbatches: int, forward_only:
             p2p_communicator=communicator,
             pg_collection=SimpleNamespace(tp=one, cp=one, embd=None, pos_embd=None, pp=group, dp_cp=one),
         )
+    fill.close()
     return work.done
 
 

@@ -45,6 +45,9 @@ def test_slices_run_in_this_thread_until_the_operation_is_done():
         assert filled.seconds(start, end) > 0.03
     assert set(work.threads) == {threading.current_thread()}
     assert where[0] is where[1] is not threading.current_thread()
+    fill.close()
+    where[0].join(5)
+    assert not where[0].is_alive()
 
 
 def test_an_error_of_the_operation_comes_out_here_and_the_helper_lives_on():
