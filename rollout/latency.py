@@ -34,7 +34,7 @@ class LatencyModel:
         self._medians: dict[Cell, Measured] = {}
         self._seen: dict[Cell, int] = {}  # when a cell was last visited, in observations
         self._observations = 0
-        self._draws: dict[Cell, float] = {}
+        self._draws: dict[str, float] = {}  # by drafter
         self._fit = (0.0, 0.0, 0.0, 0.0)
         self._until_fit = 1
 
@@ -92,12 +92,15 @@ class LatencyModel:
         return max(a + b * batch + c * drafted + (d * batch if drafted else 0.0), 1e-5)
 
     def draw(self, drafter: str, batch: int, drafted: float, generator: random.Random) -> float:
-        """A draw from the prediction's uncertainty, in seconds; the same for a while, so that choices are steady."""
+        """A draw from the prediction's uncertainty, in seconds; the same for a while, so that choices are steady.
+
+        All numbers of draft tokens of a drafter share a draw: steps with drafts differ in how many they hold, which
+        teaches their price without a choice that is known to be worse.
+        """
         seconds, error = self.predict(drafter, batch, drafted)
-        cell = drafter, _bucket(batch), _bucket(drafted)
-        if cell not in self._draws:
-            self._draws[cell] = generator.gauss(0.0, 1.0)
-        return seconds * max(1.0 + error * self._draws[cell], 0.1)
+        if drafter not in self._draws:
+            self._draws[drafter] = generator.gauss(0.0, 1.0)
+        return seconds * max(1.0 + error * self._draws[drafter], 0.1)
 
     def seconds_per_row(self) -> float:
         """What one more draft token costs, by the fit."""
