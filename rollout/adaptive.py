@@ -304,7 +304,9 @@ class ModelController:
             forecasts[arm.drafter, drafted] = rates[arm]
         best = max(rates, key=rates.__getitem__)
         current = self._current.get(bucket, PLAIN)
-        if rates[best] < rates[current] * SWITCH_GAIN:
+        if rates[best] < rates[PLAIN] * SWITCH_GAIN:
+            best = PLAIN  # forecasts are off by some percent, and plain decoding is what must not be slowed
+        elif rates[best] < rates[current] * SWITCH_GAIN:
             best = current
         self._current[bucket] = best
         if best == PLAIN and not self.knows(batch):
