@@ -378,7 +378,7 @@ class ModelController:
         else:
             for latency in self._latency.values():
                 latency.observe(PLAIN.drafter, step.batch, 0, step.seconds)
-        if step.arm.k and step.tried_at:
+        if step.tried_at and step.arm not in self._expected:  # a drafter that can tell knows better
             self._acceptance[step.arm.drafter].observe(step.tried_at, step.accepted_at)
         expected = self._expected.get(step.arm)
         if expected is not None and expected[1] >= 1:

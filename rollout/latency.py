@@ -27,8 +27,8 @@ class LatencyModel:
 
     A cell is a drafter and a narrow range of batch sizes and draft tokens. Medians make a garbage-collection pause
     harmless. The fit is `a + b * batch + c * drafted + d * (batch if drafted) + e * drafted / batch`, everything at
-    least 0, by least squares on the medians. (With drafts every request takes an attention and bookkeeping path that costs
-    more. A drafter that makes one token after the other, `serial`, takes time for each of them, for any batch.)
+    least 0, by least squares on the medians. (With drafts every request takes an attention and bookkeeping path that
+    costs more. A drafter that makes one token after the other, `serial`, takes time for each, with any batch.)
     """
 
     def __init__(self, serial: bool = False) -> None:
