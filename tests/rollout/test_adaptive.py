@@ -290,11 +290,11 @@ def test_the_better_of_two_drafters_is_found_where_each_pays() -> None:
     assert drafters_of(machine.run(controller, 2, 200))["eagle"] < 20
 
 
-def test_a_useless_head_gets_no_trial_in_further_buckets_until_it_is_another_one() -> None:
+def test_a_useless_head_is_left_alone_until_it_is_another_one() -> None:
     controller = make_controller("model", ["eagle", "ngram"], 8)
     machine = TwoDrafters(head_accept=0.0)
     assert 1 <= drafters_of(machine.run(controller, 64, 100))["eagle"] < 20
-    assert drafters_of(machine.run(controller, 2, 200))["eagle"] == 0
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] < 12  # where its cost is a guess, and the gain 0
     machine.accept["eagle"] = 0.9
     assert drafters_of(machine.run(controller, 2, 200))["eagle"] == 0, "nothing says that it has changed"
     controller.renew("eagle")
