@@ -244,9 +244,10 @@ def test_an_output_layer_equal_to_the_policys_stays_the_heads_own(engines: dict[
 
         runner = engine._llm.model_executor.driver_worker.worker.model_runner
         head, policy = runner.get_draft_model(), runner.get_model()
-        own = head.lm_head
-        head.lm_head.weight = policy.lm_head.weight  # what vLLM compares
+        own, weight = head.lm_head, head.lm_head.weight
+        own.weight = policy.lm_head.weight  # what vLLM compares
         SpecDecodeBaseProposer._maybe_share_lm_head(runner.drafter, policy)
+        own.weight = weight
         return head.model.embed_tokens is policy.model.embed_tokens, head.lm_head is own
 
     assert ray.get(engines["eagle"].apply.remote(sharing)) == (True, True)
