@@ -186,7 +186,7 @@ def test_wrong_drafts_are_soon_given_up_and_the_head_rests(engines: dict[str, An
     assert_same([by_key[r.prompt_id, r.sample_index] for r in requests], expected)
     drafting = [step for step, arm in enumerate(arms) if arm.startswith("eagle")]
     assert len(arms) > 300 and 0 < len(drafting) < 60
-    assert len(proposals) < 150 and not any(step > len(arms) / 2 for step in proposals), "the head costs nothing"
+    assert len(proposals) < len(drafting) + 4 * LINGER < len(arms) / 2, "the rest of the time the head does not run"
 
 
 def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
