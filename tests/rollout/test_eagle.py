@@ -238,6 +238,22 @@ def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
         weights[0].shutdown()
 
 
+@pytest.mark.slow
+def test_two_tensor_parallel_parts_draft_with_a_pushed_head(
+    other_model: Path, expected: list[Rollout], pushed: tuple, tmp_path: Path
+) -> None:
+    save_head(random_head(other_model, 0), tmp_path / "head")
+    speculation = {"adaptive": "static", **BOTH}
+    path = str(tmp_path / "head")
+    arguments = open_arguments(tmp_path, other_model, drafter_path=path, tp_size=2, speculation=speculation)
+    with open_engines([arguments]) as (engine,):
+        assert_same(generate(engine, group_requests()), expected)
+        ray.get(engine.update_drafter.remote(*pushed))
+        assert_same(generate(engine, group_requests()), expected)
+        counts = ray.get(engine.take_speculation_counts.remote())
+        assert counts.drafter_version == 3 and counts.accepted_by["eagle"] > 0
+
+
 def test_an_output_layer_equal_to_the_policys_stays_the_heads_own(engines: dict[str, Any]) -> None:
     def sharing(engine: Any) -> tuple[bool, bool]:
         from rollout.vllm_patch import SpecDecodeBaseProposer
