@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RESTS = -1  # `SchedulerOutput.num_spec_tokens_to_schedule`: the head does not run in this step, see `vllm_patch`
 LINGER = 8  # steps for which the head follows the requests after its drafts were last used
+TOKENS_PER_ROW = 4  # tokens that must have been generated for each one that is computed anew
 
 
 def kind_of(folder: str | Path) -> Literal["eagle3", "eagle"]:
@@ -80,10 +81,12 @@ class HeadDrafts:
     def affordable(self, running: Iterable["Request"]) -> bool:
         """Whether it may draft: it is not behind, or catching up is cheap.
 
-        Computing requests anew takes a row for each of their tokens. After as many tokens have been generated, it adds
-        little to the time that they took, however often the choice goes to and fro.
+        Computing requests anew takes a row for each of their tokens. When several times as many tokens have been
+        generated meanwhile, it adds little to the time that they took, however often the choice goes to and fro.
         """
-        return not self.behind or self.emitted >= sum(request.num_tokens for request in running)
+        if not self.behind:
+            return True
+        return self.emitted >= TOKENS_PER_ROW * sum(request.num_tokens for request in running)
 
     def length(self, arm: Arm, scheduled_tokens: int) -> int:
         """Draft tokens to make after a step with this arm; 0 if the head only follows, RESTS if it does not run."""

@@ -238,7 +238,7 @@ class SpeculativeScheduler(Scheduler):
         return dropped
 
     def renew_head(self, version: int) -> None:
-        """The head has new weights: how often its drafts are accepted is to be learned again."""
+        """The head has new weights, of this version: how often its drafts are accepted is to be learned again."""
         self._drafter_version = version
         for controller in self._controllers.values():
             controller.renew(EAGLE)
