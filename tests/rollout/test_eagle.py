@@ -64,10 +64,10 @@ def trained(other_model: Path, expected: list[Rollout]) -> EagleHead:
     head = random_head(other_model, 1)
     features = [
         model_features(model, rollout.prompt_ids + rollout.token_ids, len(rollout.prompt_ids), head.config)
-        for rollout in expected[:64]
+        for rollout in expected[:32]
     ]
-    rows = [pack(features[start : start + 16]) for start in range(0, 64, 16)]
-    train(head, lambda step: rows[step % 4], model_weights(model), 120, LossOptions(steps=3))
+    rows = [pack(features[start : start + 8]) for start in range(0, 32, 8)]
+    train(head, lambda step: rows[step % 4], model_weights(model), 100, LossOptions(steps=3))
     return head
 
 
@@ -211,9 +211,9 @@ def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
     weights.append(connected(fleet, source, segment_name(str(tmp_path))))
 
     def tokens_per_verification(version: int) -> float:
-        requests = group_requests(64)
+        requests = group_requests(32)
         by_key = {(r.prompt_id, r.sample_index): r for r in fleet.generate(requests)}
-        assert_same([by_key[r.prompt_id, r.sample_index] for r in requests], expected[:64])
+        assert_same([by_key[r.prompt_id, r.sample_index] for r in requests], expected[:32])
         (counts,) = fleet.take_speculation_counts()
         assert counts.drafter_version == version
         return 1 + counts.accepted_at.total() / counts.tried_at[0]
