@@ -1,8 +1,8 @@
-"""A batch whose responses have a long-tailed length distribution: plain, every fixed k, and adaptive speculation.
+"""A batch whose responses have a long-tailed length distribution: plain, fixed numbers of drafts, adaptive speculation.
 
 64 requests of given lengths (log-normal, a few of them very long; see `_model.long_tailed_lengths`) go in together, so
 many are live at first and one or two at the end. The timeline of live requests and chosen arms is written as a PNG.
-The model is the demo's (`make demo`), or the one that `--model` names.
+The model is the demo's (`make demo`), or the one that `--model` names; `--drafter` adds an EAGLE head.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from _model import long_tailed_lengths
 from megatron_rl.bench import PLAIN, SpeculationBench, Turn, compare, speeds
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.plots import speculation_timeline
+from rollout.eagle import kind_of
 
 REQUESTS = 64
 SAMPLES = 8  # requests per prompt
@@ -27,6 +28,7 @@ def parse() -> tuple[Arguments, argparse.Namespace]:
     parser.add_argument("--quick", action="store_true", help="finish in under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     parser.add_argument("--model", default="runs/arithmetic/hf", help="model folder (default: %(default)s)")
+    parser.add_argument("--drafter", metavar="FOLDER", help="EAGLE head of the model, in vLLM's format")
     parser.add_argument("--data", default="arithmetic", help="prompts, as data.train (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=224, help="longest response, in tokens (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
@@ -46,12 +48,17 @@ def build(flags: argparse.Namespace) -> SpeculationBench:
             "rollout": {
                 "max_tokens": flags.longest,
                 "vllm": {"enforce_eager": True, "max_num_seqs": REQUESTS},
-                "speculation": {"adaptive": "model", "max_draft_tokens": 8},
+                "speculation": {"adaptive": "model", "max_draft_tokens": 8, "drafters": _drafters(flags)},
             },
+            "drafter": {"path": flags.drafter, "kind": kind_of(flags.drafter)} if flags.drafter else {},
             "run_dir": "runs/bench",
         }
     )
     return SpeculationBench(config)
+
+
+def _drafters(flags: argparse.Namespace) -> list[str]:
+    return ["eagle", "ngram"] if flags.drafter else ["ngram"]
 
 
 def main() -> None:
@@ -59,9 +66,9 @@ def main() -> None:
     arguments, flags = parse()
     bench = build(flags)
     lengths = long_tailed_lengths(REQUESTS, flags.longest)
-    variants = [PLAIN, "static:1", "static:2", "static:4", "static:8", "beg", "model"]
-    if arguments.quick:
-        variants = [PLAIN, "static:2", "static:8", "model"]
+    lengths_of_drafts = (2, 8) if arguments.quick else (1, 2, 4, 8)
+    fixed = [f"static:{drafter}:{k}" for drafter in _drafters(flags) for k in lengths_of_drafts]
+    variants = [PLAIN, *fixed, *([] if arguments.quick else ["beg"]), "model"]
     turns = compare(
         bench,
         variants,

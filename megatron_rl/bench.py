@@ -90,16 +90,16 @@ class SpeculationBench:
         return chosen
 
     def turn(self, variant: str, requests: list[RolloutRequest], concurrency: int | None = None) -> Turn:
-        """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:K`.
+        """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:DRAFTER:K`.
 
         With `concurrency` so many requests are live at a time, and only that time counts: what drafts do at the end,
         when some requests have run ahead of others, belongs to smaller batch sizes.
         """
         fleet = self._plain if variant == PLAIN else self.drafting
         if variant != PLAIN:
-            rule, _, k = variant.partition(":")
-            most = int(k) if k else self.config.rollout.speculation.max_draft_tokens
-            ray.get(fleet.call(0, "set_speculation", rule, most))
+            rule, *arm = variant.split(":")
+            most = int(arm[1]) if arm else self.config.rollout.speculation.max_draft_tokens
+            ray.get(fleet.call(0, "set_speculation", rule, most, arm[:1] or None))
         ray.get(fleet.call(0, "take_verify_seconds"))
         timed: TimedGeneration = ray.get(fleet.call(0, "generate_timed", requests, concurrency))
         counts = fleet.take_speculation_counts()
@@ -156,7 +156,8 @@ def bench_speculative(
     accepted share of the drafts; shares of time in drafting, verification and all else; responses equal to plain ones.
 
     Args:
-        config: the experiment; `rollout.speculation.adaptive` is the rule that is compared with every fixed k.
+        config: the experiment; `rollout.speculation.adaptive` is the rule that is compared with every fixed number of
+            drafts from every one of `rollout.speculation.drafters`. For eagle `drafter.path` is the head.
         batches: live requests.
         tokens: the longest response; the shortest has half of it.
         repetitions: measured rounds.
@@ -167,8 +168,8 @@ def bench_speculative(
     speculation = config.rollout.speculation
     longer = config.rollout.model_copy(update={"max_tokens": tokens})
     bench = SpeculationBench(config.model_copy(update={"rollout": longer}))
-    fixed = [f"static:{arm.k}" for arm in make_arms(speculation.drafters, speculation.max_draft_tokens) if arm.k]
-    variants = [PLAIN, *dict.fromkeys(fixed), speculation.adaptive]
+    fixed = [f"static:{arm}" for arm in make_arms(speculation.drafters, speculation.max_draft_tokens) if arm.k]
+    variants = [PLAIN, *fixed, speculation.adaptive]
     rows, against_plain, against_best = [], [], []
     samples = min(config.algorithm.group_size, max(batches))
     for place, batch in enumerate(batches):

@@ -27,7 +27,10 @@ from rollout.latency import LatencyModel
 WINDOW = 96  # steps that a median looks back on: older ones are forgotten
 SWITCH_GAIN = 1.03  # an arm replaces the current one only when it promises this much more
 HOLD_STEPS = 4  # steps between decisions
-TRIALS = 3  # steps with drafts in each bucket, whatever their forecast: it is a guess before they were measured
+TRIALS = 3  # steps with each drafter in each bucket, whatever their forecast: it is a guess before they were measured
+HOPELESS = 0.1  # a drafter whose first token is accepted less often needs no trial: it would not pay if it were free
+
+NGRAM, EAGLE = "ngram", "eagle"  # the drafters of `rollout.speculation.drafters`
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,10 @@ class Controller(Protocol):
     """How often each (bucket, arm) was chosen, in steps."""
 
     def choose(self, batch: int, expected: Mapping[Arm, Expectation]) -> Arm:
-        """The arm of the next step. `expected` holds the arms whose drafter can tell what it would draft."""
+        """The arm of the next step. `expected` holds the arms whose drafter can tell what it would draft.
+
+        Arms that would draft nothing are not worth trying.
+        """
 
     def threshold(self, batch: int) -> float:
         """Drafts whose chance to be reached and accepted is below this cost more than they bring."""
@@ -78,6 +84,9 @@ class Controller(Protocol):
 
     def observe(self, step: Step) -> None:
         """Learn from a step."""
+
+    def renew(self, drafter: str) -> None:
+        """This drafter is another one from now on: forget how often its drafts were accepted."""
 
     def state(self) -> dict[str, Any]:
         """All that was learned, as plain values (JSON)."""
@@ -138,6 +147,9 @@ class StaticController:
     def observe(self, step: Step) -> None:
         """Nothing to learn."""
 
+    def renew(self, drafter: str) -> None:
+        """Nothing to forget."""
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -165,7 +177,7 @@ class _Holding:
         """The best arm, or the current one when that is nearly as good."""
         best = max(rates, key=lambda arm: (rates[arm], -arm.k))
         current = self._current.get(bucket, PLAIN)
-        if rates[best] < rates[current] * SWITCH_GAIN:
+        if current in rates and rates[best] < rates[current] * SWITCH_GAIN:
             best = current
         return self.take(bucket, best)
 
@@ -203,12 +215,13 @@ class BegController:
         bucket = bucket_of(batch)
         if (kept := self._holding.keep(bucket)) is not None:
             return kept
-        untried = [arm for arm in self._arms if (bucket, arm) not in self._steps]
+        arms = [arm for arm in self._arms if arm not in expected or expected[arm][0]]
+        untried = [arm for arm in arms if (bucket, arm) not in self._steps]
         if untried:
             return self._holding.take(bucket, untried[0])
         if self._random.random() < self._epsilon:
-            return self._holding.take(bucket, self._random.choice(self._arms), for_good=False)
-        return self._holding.decide(bucket, {arm: _rate(self._steps[bucket, arm]) for arm in self._arms})
+            return self._holding.take(bucket, self._random.choice(arms), for_good=False)
+        return self._holding.decide(bucket, {arm: _rate(self._steps[bucket, arm]) for arm in arms})
 
     def threshold(self, batch: int) -> float:
         return 0.05
@@ -219,6 +232,9 @@ class BegController:
     def observe(self, step: Step) -> None:
         steps = self._steps.setdefault((bucket_of(step.batch), step.arm), deque(maxlen=self._window))
         steps.append((step.emitted / step.batch, step.seconds / step.batch))
+
+    def renew(self, drafter: str) -> None:
+        """The window forgets by itself."""
 
     def state(self) -> dict[str, Any]:
         return {
@@ -243,6 +259,7 @@ class Acceptance:
     """Per draft position, the chance that a draft is accepted after those before it were; old steps fade."""
 
     FADE = 0.995
+    RENEWED = 2.0  # tries that the past is worth after `renew`
 
     def __init__(self) -> None:
         self._accepted: list[float] = []
@@ -266,6 +283,17 @@ class Acceptance:
             total += reach
         return total
 
+    def likely(self) -> float:
+        """The chance that the first draft token is accepted."""
+        return self._accepted[0] / self._tried[0] if self._tried else 0.5
+
+    def renew(self) -> None:
+        """What was seen counts no more than a guess."""
+        for place, tries in enumerate(self._tried):
+            weight = min(self.RENEWED / max(tries - 2.0, 1e-9), 1.0)
+            self._accepted[place] = 1.0 + (self._accepted[place] - 1.0) * weight
+            self._tried[place] = 2.0 + (tries - 2.0) * weight
+
     def state(self) -> list[list[float]]:
         return [self._accepted, self._tried]
 
@@ -274,17 +302,21 @@ class Acceptance:
 
 
 class ModelController:
-    """Predicts each arm's rate from latency(batch, draft tokens) and the acceptance of its drafts."""
+    """Predicts each arm's rate from latency(batch, draft tokens) and the acceptance of its drafts.
+
+    Every drafter has a latency model of its own, because making drafts costs time too; steps without drafts belong to
+    all of them.
+    """
 
     def __init__(self, arms: Sequence[Arm], seed: int = 0) -> None:
         """Raises ConfigError when `arms` lacks `PLAIN`."""
         _check_arms(arms)
         self._arms = sorted(arms, key=lambda arm: arm.k)
-        self._latency = LatencyModel()
         self._acceptance = {arm.drafter: Acceptance() for arm in arms if arm.k}
+        self._latency = {name: LatencyModel(serial=name == EAGLE) for name in self._acceptance}
         self._trust = 1.0  # accepted tokens per token that drafters expected to be accepted
         self._current: dict[int, Arm] = {}
-        self._trials: Counter[int] = Counter()
+        self._trials: Counter[tuple[int, str]] = Counter()
         self._random = random.Random(seed)
         self._expected: Mapping[Arm, Expectation] = {}
         self.counts: Counter[tuple[int, Arm]] = Counter()
@@ -294,14 +326,14 @@ class ModelController:
         bucket = bucket_of(batch)
         rates: dict[Arm, float] = {}
         forecasts: dict[tuple[str, float], float] = {}
+        untried: list[Arm] = []
         for arm in self._arms:
             drafted, accepted = self._forecast(arm, batch, expected)
-            if (arm.drafter, drafted) in forecasts:  # a longer limit that no draft reaches
-                rates[arm] = forecasts[arm.drafter, drafted]
-                continue
-            drafter = arm.drafter if drafted else PLAIN.drafter
-            rates[arm] = (batch + accepted) / self._latency.draw(drafter, batch, drafted, self._random)
-            forecasts[arm.drafter, drafted] = rates[arm]
+            if (arm.drafter, drafted) not in forecasts:  # otherwise a longer limit that no draft reaches
+                forecasts[arm.drafter, drafted] = (batch + accepted) / self._seconds(arm, batch, drafted)
+            rates[arm] = forecasts[arm.drafter, drafted]
+            if drafted and self._needs_trial(arm.drafter, bucket):
+                untried.append(arm)
         best = max(rates, key=rates.__getitem__)
         current = self._current.get(bucket, PLAIN)
         if rates[best] < rates[PLAIN] * SWITCH_GAIN:
@@ -309,14 +341,23 @@ class ModelController:
         elif rates[best] < rates[current] * SWITCH_GAIN:
             best = current
         self._current[bucket] = best
-        if best == PLAIN and not self.knows(batch):
-            self._trials[bucket] += 1
-            best = max((arm for arm in rates if arm.k), key=rates.__getitem__, default=PLAIN)
+        if untried and best not in untried:
+            best = max(untried, key=rates.__getitem__)
         self.counts[bucket, best] += 1
         return best
 
     def knows(self, batch: int) -> bool:
-        return self._trials[bucket_of(batch)] >= TRIALS
+        return not any(self._needs_trial(drafter, bucket_of(batch)) for drafter in self._acceptance)
+
+    def _needs_trial(self, drafter: str, bucket: int) -> bool:
+        return self._trials[bucket, drafter] < TRIALS and self._acceptance[drafter].likely() >= HOPELESS
+
+    def _seconds(self, arm: Arm, batch: int, drafted: float) -> float:
+        name = arm.drafter if drafted else PLAIN.drafter
+        return self._latency_of(arm).draw(name, batch, drafted, self._random)
+
+    def _latency_of(self, arm: Arm) -> LatencyModel:
+        return self._latency.get(arm.drafter, next(iter(self._latency.values())))
 
     def _forecast(self, arm: Arm, batch: int, expected: Mapping[Arm, Expectation]) -> Expectation:
         if arm.k == 0:
@@ -328,31 +369,39 @@ class ModelController:
 
     def threshold(self, batch: int) -> float:
         # The rate is best when a row is added exactly if it brings more tokens than its time brings otherwise.
-        plain_seconds, _ = self._latency.predict(PLAIN.drafter, batch, 0)
-        return min(max(self._latency.seconds_per_row() * batch / plain_seconds, 0.05), 0.8)
+        latency = self._latency_of(Arm(NGRAM, 1))
+        plain_seconds, _ = latency.predict(PLAIN.drafter, batch, 0)
+        return min(max(latency.seconds_per_row() * batch / plain_seconds, 0.05), 0.8)
 
     def observe(self, step: Step) -> None:
-        drafter = step.arm.drafter if step.drafted else PLAIN.drafter
-        self._latency.observe(drafter, step.batch, step.drafted, step.seconds)
-        if step.arm.k and step.tried_at:
+        if step.drafted:
+            self._trials[bucket_of(step.batch), step.arm.drafter] += 1
+            self._latency_of(step.arm).observe(step.arm.drafter, step.batch, step.drafted, step.seconds)
+        else:
+            for latency in self._latency.values():
+                latency.observe(PLAIN.drafter, step.batch, 0, step.seconds)
+        if step.tried_at and step.arm not in self._expected:  # a drafter that can tell knows better
             self._acceptance[step.arm.drafter].observe(step.tried_at, step.accepted_at)
         expected = self._expected.get(step.arm)
         if expected is not None and expected[1] >= 1:
             share = (step.emitted - step.batch) / expected[1]
             self._trust += (min(share, 4.0) - self._trust) / 64
 
+    def renew(self, drafter: str) -> None:
+        if drafter in self._acceptance:
+            self._acceptance[drafter].renew()
+
     def state(self) -> dict[str, Any]:
         return {
-            "latency": self._latency.state(),
+            "latency": {name: latency.state() for name, latency in self._latency.items()},
             "acceptance": {name: acceptance.state() for name, acceptance in self._acceptance.items()},
             "trust": self._trust,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._latency.restore(state["latency"])
-        for name, acceptance in self._acceptance.items():
-            if name in state["acceptance"]:
-                acceptance.restore(state["acceptance"][name])
+        for learned, own in ((state["latency"], self._latency), (state["acceptance"], self._acceptance)):
+            for name in own.keys() & learned.keys():
+                own[name].restore(learned[name])
         self._trust = state["trust"]
 
 

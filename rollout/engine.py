@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
+from rollout.adaptive import EAGLE
 from rollout.checksum import combine
+from rollout.eagle import head_arguments
 from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
 
 # Options of vLLM that follow from keys of ours, or on which this package relies.
@@ -87,8 +89,13 @@ def check_sampling_options(options: dict[str, Any]) -> None:
         raise ConfigError(f"vLLM refuses rollout.sampling: {error}") from None
 
 
-def engine_arguments(config: Config, environment: EngineEnvironment, model_path: str) -> dict[str, Any]:
-    """The arguments of vLLM's `EngineArgs`. Raises ConfigError, see `check_vllm_options`, `check_sampling_options`."""
+def engine_arguments(
+    config: Config, environment: EngineEnvironment, model_path: str, drafter_path: str | None = None
+) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs`; `drafter_path` is the folder of an EAGLE head, None: `drafter.path`.
+
+    Raises ConfigError, see `check_vllm_options`, `check_sampling_options`, `rollout.eagle.head_arguments`.
+    """
     check_vllm_options(config.rollout.vllm)
     check_sampling_options(config.rollout.sampling)
     arguments: dict[str, Any] = {
@@ -107,19 +114,20 @@ def engine_arguments(config: Config, environment: EngineEnvironment, model_path:
     if config.rollout.tp_size > 1:
         # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
         arguments["distributed_executor_backend"] = "mp"
-    return arguments | _speculation_arguments(config)
+    return arguments | _speculation_arguments(config, drafter_path)
 
 
-def _speculation_arguments(config: Config) -> dict[str, Any]:
+def _speculation_arguments(config: Config, drafter_path: str | None) -> dict[str, Any]:
     speculation = config.rollout.speculation
     if speculation.adaptive == "off":
         return {}
+    no_head = {
+        "method": "custom_class",
+        "model": "rollout.no_drafts.NoDrafts",
+        "num_speculative_tokens": speculation.max_draft_tokens,
+    }
     return {
-        "speculative_config": {
-            "method": "custom_class",
-            "model": "rollout.no_drafts.NoDrafts",
-            "num_speculative_tokens": speculation.max_draft_tokens,
-        },
+        "speculative_config": head_arguments(config, drafter_path) if EAGLE in speculation.drafters else no_head,
         "scheduler_cls": "rollout.scheduler.SpeculativeScheduler",
         "async_scheduling": False,
         "additional_config": {
@@ -163,7 +171,7 @@ class RolloutEngine:
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
         self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
         self._stop_ids = self._eos_token_ids()
-        if self._speculates:
+        if self._speculates and EAGLE not in self._arguments["additional_config"][SPECULATION_KEY]["drafters"]:
             # The scheduler drafts; asking the worker after every step whether it did takes 1 % of a small model's step.
             self._llm.engine_core.engine_core.check_for_draft_tokens = False
         max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
@@ -299,9 +307,12 @@ class RolloutEngine:
         seconds = time.perf_counter() - start
         return TimedGeneration(rollouts, seconds, *(full or (0, 0.0)))
 
-    def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
-        """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks."""
-        self._scheduler.set_speculation(adaptive, max_draft_tokens)
+    def set_speculation(self, adaptive: str, max_draft_tokens: int, drafters: list[str] | None = None) -> None:
+        """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks.
+
+        `drafters` are some of the configured ones, None: all.
+        """
+        self._scheduler.set_speculation(adaptive, max_draft_tokens, drafters)
 
     def speculation_timeline(self) -> list[tuple[float, int, str, int]]:
         """The last generation's steps: (start in seconds, live requests, chosen arm, tokens emitted)."""
@@ -340,6 +351,15 @@ class RolloutEngine:
         self._llm.collective_rpc("finish_weight_update")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not drop its prefix cache after a weight update.")
+
+    def update_drafter(self, segment: str, places: list[Any], version: int) -> None:
+        """Load new weights for the EAGLE head from shared memory, see `RolloutFleet.update_drafter`.
+
+        Also while requests are running: their tokens stay the same.
+        """
+        self._llm.collective_rpc("load_head", args=(segment, places))
+        self._scheduler.renew_head(version)
+        self._llm.reset_prefix_cache()  # or leave it while requests need it: what it makes worse are drafts
 
     def stop(self) -> None:
         """Let vLLM's worker processes end in good order: killed, they leave their shared memory behind."""

@@ -8,7 +8,7 @@ fleet.shutdown()
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from torch import Tensor
 
 from megatron_rl.config import Config, ConfigError
 from rollout import plugin
+from rollout.adaptive import EAGLE
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
+from rollout.head_segment import HeadSegment
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
+from rollout.weight_sync import segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +66,24 @@ class RolloutFleet:
         model_path: str,
         on_restart: Callable[[int], None],
         wait: bool = True,
+        drafter_path: str | None = None,
     ) -> None:
         """Start Ray if there is none, and the engines; returns when all are up, or at once without `wait`.
+
+        `drafter_path` is the folder of the EAGLE head that they start with, where `rollout.speculation.drafters` names
+        eagle; None: `drafter.path`.
 
         To be called from a thread that lives as long as the fleet: the kernel ends Ray's processes with the thread that
         started them. Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
         rollout = config.rollout
         self._arguments = (
-            engine_arguments(config, environment, model_path),
+            engine_arguments(config, environment, model_path, drafter_path),
             rollout.verify == "coupled",
             rollout.sampling,
         )
         self._environment = environment
+        self._head = _head_segment(config, self._arguments[0])
         self.workers_per_engine = config.rollout.tp_size
         self._max_restarts = config.rollout.max_restarts
         self._on_restart = on_restart
@@ -185,7 +194,30 @@ class RolloutFleet:
         engine.actor = self._create_actor()
         self._wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
+        if self._head is not None and self._head.arguments is not None:
+            ray.get(engine.actor.update_drafter.remote(*self._head.arguments))
         self._on_restart(index)
+
+    def update_drafter(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Give all engines new weights for the EAGLE head, and those that are restarted later; any time.
+
+        `tensors` are those of the head's checkpoint, by their names there (CPU, any floating dtype; `d2t` too where it
+        has one). What the head shares with the policy is not among them and stays as it is. `version` is reported with
+        `SpeculationCounts`. The weights go through shared memory: the engines are on this node.
+
+        Raises ValueError when they are not the tensors of the head that the engines started with, RuntimeError without
+        an EAGLE head.
+        """
+        if self._head is None:
+            raise RuntimeError("rollout.speculation.drafters does not name eagle: the engines have no head to update.")
+        self._head.write(tensors, version)
+        assert self._head.arguments is not None
+        calls = [engine.actor.update_drafter.remote(*self._head.arguments) for engine in self._engines]
+        for index, call in enumerate(calls):
+            try:
+                ray.get(call)
+            except RayActorError:
+                self.restart(index)
 
     def client(self, engines: list[int] | None = None) -> FleetClient:
         """A vLLM weight-sync client that drives the given engines (default: all) in parallel."""
@@ -243,8 +275,18 @@ class RolloutFleet:
         for engine in self._engines:
             ray.kill(engine.actor)
         self._engines = []
+        if self._head is not None:
+            self._head.close()
         if self._owns_ray:
             ray.shutdown()
+
+
+def _head_segment(config: Config, arguments: dict[str, Any]) -> HeadSegment | None:
+    speculation = config.rollout.speculation
+    if speculation.adaptive == "off" or EAGLE not in speculation.drafters:
+        return None
+    name = segment_name(str(Path(config.run_dir).resolve())) + "-head"
+    return HeadSegment(name, arguments["speculative_config"]["model"])
 
 
 def _start_ray() -> None:

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import deque
+from operator import mul
 from statistics import median
 from typing import Any
 
@@ -25,17 +26,19 @@ class LatencyModel:
     """A linear fit, corrected by the medians of what was measured nearby.
 
     A cell is a drafter and a narrow range of batch sizes and draft tokens. Medians make a garbage-collection pause
-    harmless. The fit is `a + b * batch + c * drafted + d * (batch if drafted)`, everything at least 0, by least squares
-    on the medians. (The last term: with drafts every request takes an attention and bookkeeping path that costs more.)
+    harmless. The fit is `a + b * batch + c * drafted + d * (batch if drafted) + e * drafted / batch`, everything at
+    least 0, by least squares on the medians. (With drafts every request takes an attention and bookkeeping path that
+    costs more. A drafter that makes one token after the other, `serial`, takes time for each, with any batch.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, serial: bool = False) -> None:
+        self._serial = serial
         self._cells: dict[Cell, deque[Measured]] = {}
         self._medians: dict[Cell, Measured] = {}
         self._seen: dict[Cell, int] = {}  # when a cell was last visited, in observations
         self._observations = 0
         self._draws: dict[str, float] = {}  # by drafter
-        self._fit = (0.0, 0.0, 0.0, 0.0)
+        self._fit: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._until_fit = 1
 
     def observe(self, drafter: str, batch: int, drafted: float, seconds: float) -> None:
@@ -58,14 +61,13 @@ class LatencyModel:
         trusted = [cell for cell, steps in self._cells.items() if len(steps) >= 3] or list(self._cells)
         middle = np.array([self._median(cell) for cell in trusted])
         sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
-        rows = np.array([_features(batch, drafted) for batch, drafted, _ in middle])
+        rows = np.array([self._features(batch, drafted) for batch, drafted, _ in middle])
         # Until drafts were measured, a draft row is taken to cost half as much as a request: no leap into long drafts.
         batch, _, seconds = middle[middle[:, 1].argmin()]
-        rows = np.vstack([rows, _features(batch, batch)])
+        rows = np.vstack([rows, self._features(batch, batch)])
         times, sizes = np.append(middle[:, 2], 1.5 * seconds), np.append(sizes, _PRIOR_STEPS)
         # Relative errors count, and a cell seen seldom says little.
-        a, b, c, d = _nonnegative_least_squares(rows, times, np.sqrt(sizes) / times).tolist()
-        self._fit = a, b, c, d
+        self._fit = tuple(_nonnegative_least_squares(rows, times, np.sqrt(sizes) / times).tolist())
 
     def predict(self, drafter: str, batch: int, drafted: float) -> tuple[float, float]:
         """Expected seconds of a step, and the relative standard error of that number."""
@@ -88,8 +90,10 @@ class LatencyModel:
         return self._medians[cell]
 
     def _fitted(self, batch: float, drafted: float) -> float:
-        a, b, c, d = self._fit
-        return max(a + b * batch + c * drafted + (d * batch if drafted else 0.0), 1e-5)
+        return max(sum(map(mul, self._fit, self._features(batch, drafted))), 1e-5)
+
+    def _features(self, batch: float, drafted: float) -> tuple[float, ...]:
+        return 1.0, batch, drafted, batch if drafted else 0.0, drafted / batch if self._serial else 0.0
 
     def draw(self, drafter: str, batch: int, drafted: float, generator: random.Random) -> float:
         """A draw from the prediction's uncertainty, in seconds; the same for a while, so that choices are steady.
@@ -118,10 +122,6 @@ class LatencyModel:
             self._seen[cell] = 0
         if self._cells:
             self._refit()
-
-
-def _features(batch: float, drafted: float) -> tuple[float, float, float, float]:
-    return 1.0, batch, drafted, batch if drafted else 0.0
 
 
 def _bucket(amount: float) -> int:

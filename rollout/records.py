@@ -62,3 +62,15 @@ class SpeculationCounts:
     draft_seconds: float = 0.0
     chosen: Counter[tuple[int, str]] = field(default_factory=Counter)
     """(bucket of live batch sizes, arm) -> steps."""
+    drafted_by: Counter[str] = field(default_factory=Counter)
+    """Drafter -> draft tokens verified."""
+    accepted_by: Counter[str] = field(default_factory=Counter)
+    """Drafter -> draft tokens accepted."""
+    tried_at: Counter[int] = field(default_factory=Counter)
+    """EAGLE, place in the draft (from 0) -> drafts that were accepted up to there, and so put this place to the test.
+
+    Live acceptance length: `1 + accepted_at.total() / tried_at[0]` tokens per verification."""
+    accepted_at: Counter[int] = field(default_factory=Counter)
+    """EAGLE, place in the draft -> how often its token was accepted."""
+    drafter_version: int = 0
+    """EAGLE: the head that drafts, see `RolloutFleet.update_drafter`; 0 is the one that the engine started with."""

@@ -1,12 +1,15 @@
-"""vLLM's scheduler with drafts: it proposes them, chooses how many are verified, and measures what every step gave.
+"""vLLM's scheduler with drafts: it chooses whose and how many are verified, and measures what every step gave.
 
-Drafts are decided here, in the engine's one scheduling process, and travel to the workers with the schedule, so all
-tensor-parallel ranks agree. Which tokens come out does not depend on any decision made here (see `rollout.verify`).
+N-gram drafts are made here; those of an EAGLE head come from the workers, which make them after every step for the next
+one. What is verified is decided here, in the engine's one scheduling process, and travels to the workers with the
+schedule, so all tensor-parallel ranks agree. Which tokens come out does not depend on any decision made here (see
+`rollout.verify`).
 """
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,11 +17,22 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from rollout.adaptive import PLAIN, Arm, Controller, Step, bucket_of, make_arms, make_controller
-from rollout.ngram import NgramDrafter
+from rollout.adaptive import (
+    EAGLE,
+    NGRAM,
+    PLAIN,
+    Arm,
+    Controller,
+    Expectation,
+    Step,
+    bucket_of,
+    make_arms,
+    make_controller,
+)
+from rollout.eagle import HeadDrafts
+from rollout.ngram import Drafts, NgramDrafter
 from rollout.records import GROUP_KEY, SPECULATION_KEY, SpeculationCounts
 
-NGRAM = "ngram"
 TIMELINE_STEPS = 4096
 # Where drafts do not pay, making and weighing them would be all they cost: after so many steps without one, they are
 # looked at less and less often, as long as the number of live requests stays about the same.
@@ -34,6 +48,19 @@ class _Running:
     scheduled: SchedulerOutput
     drafts: dict[str, int]  # request id -> draft tokens
     pure: bool  # every request decodes: no prompt is computed
+    accepted: int = 0
+    tried_at: list[int] = field(default_factory=list)  # see `rollout.adaptive.Step`
+    accepted_at: list[int] = field(default_factory=list)
+
+    def verified(self, request_id: str, accepted: int) -> None:
+        """So many of a request's drafts were accepted."""
+        self.accepted += accepted
+        for place in range(min(accepted + 1, self.drafts.get(request_id, 0))):
+            if place == len(self.tried_at):
+                self.tried_at.append(0)
+                self.accepted_at.append(0)
+            self.tried_at[place] += 1
+            self.accepted_at[place] += place < accepted
 
 
 class Rest:
@@ -65,29 +92,35 @@ class SpeculativeScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # Without a schedule of its own vLLM pads new requests to full drafts, of tokens that do not exist.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
-        self._controllers: dict[tuple[str, int], Controller] = {}
+        self._controllers: dict[tuple[str, int, tuple[str, ...]], Controller] = {}
         self._settings: dict[str, Any] = self.vllm_config.additional_config[SPECULATION_KEY]
+        self._head = HeadDrafts()
         self.set_speculation(self._settings["adaptive"], self._settings["max_draft_tokens"])
         self._numbers: dict[str, int] = {}  # request id -> number in the drafter
         self._told: dict[str, int] = {}  # request id -> output tokens that the drafter knows of
         self._accepted: dict[str, list[int]] = {}  # request id -> places of accepted drafts in its output
         self._started = 0
         self._under_way: _Running | None = None
-        self._last: tuple[_Running, int, int] | None = None  # a step whose time is not known yet: emitted, accepted
+        self._last: tuple[_Running, int] | None = None  # a step whose time is not known yet, tokens emitted
         self.timeline: deque[tuple[float, int, str, int]] = deque(maxlen=TIMELINE_STEPS)
         self.counts = SpeculationCounts()
+        self._drafter_version = 0
 
-    def set_speculation(self, adaptive: str, max_draft_tokens: int) -> None:
-        """Use this rule, with what it learned before, and an empty drafter. For an engine without requests."""
-        key = adaptive, max_draft_tokens
+    def set_speculation(self, adaptive: str, max_draft_tokens: int, drafters: Sequence[str] | None = None) -> None:
+        """Use this rule, with what it learned before, and an empty n-gram drafter. For an engine without requests.
+
+        `drafters` are some of those that the engine was started with; None means all of them.
+        """
+        self._drafters = tuple(drafters or self._settings["drafters"])
+        key = adaptive, max_draft_tokens, self._drafters
         if key not in self._controllers:
-            self._controllers[key] = make_controller(
-                adaptive, self._settings["drafters"], max_draft_tokens, self._settings["seed"]
-            )
+            self._controllers[key] = make_controller(adaptive, self._drafters, max_draft_tokens, self._settings["seed"])
         self.controller, self._adaptive = self._controllers[key], adaptive
         self._rest = Rest()
         self._ngram = NgramDrafter(max_draft_tokens, self._settings["max_bytes"])
-        self._arms = [arm for arm in make_arms([NGRAM], max_draft_tokens) if arm.k]
+        self._ngram_arms = [arm for arm in make_arms([NGRAM], max_draft_tokens) if arm.k]
+        self._head_arms = [arm for arm in make_arms([EAGLE], max_draft_tokens) if arm.k]
+        self._head.primed = None
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -116,6 +149,8 @@ class SpeculativeScheduler(Scheduler):
         arm = self._propose()
         self.counts.draft_seconds += time.perf_counter() - started
         scheduled = super().schedule(*args, **kwargs)
+        if EAGLE in self._settings["drafters"]:
+            scheduled.num_spec_tokens_to_schedule = self._head.length(arm, scheduled.total_num_scheduled_tokens)
         drafts = {name: len(tokens) for name, tokens in scheduled.scheduled_spec_decode_tokens.items()}
         pure = not scheduled.scheduled_new_reqs and all(
             tokens == 1 + drafts.get(name, 0) for name, tokens in scheduled.num_scheduled_tokens.items()
@@ -125,33 +160,67 @@ class SpeculativeScheduler(Scheduler):
 
     def _propose(self) -> Arm:
         """Give each decoding request its draft; returns the arm that was chosen."""
-        bucket = bucket_of(len(self.running))
-        if self._rest.goes_on(bucket):
-            self.controller.counts[bucket, PLAIN] += 1
-            return PLAIN
+        offered = self._head.take()
         ready = [request for request in self.running if not request.is_prefill_chunk]
-        if not ready:
+        batch = len(ready)
+        if EAGLE in self._drafters and not ready:  # whether the head is to see the prompts, and draft after them
+            batch = min(len(self.requests), self.max_num_running_reqs)
+        if not batch:
             return PLAIN
+        if self._rest.goes_on(bucket_of(len(self.running) or batch)):
+            self.controller.counts[bucket_of(batch), PLAIN] += 1
+            return PLAIN
+        if (arm := self._head.primed) is not None:
+            self.controller.counts[bucket_of(batch), arm] += 1
+        else:
+            arm = self._choose(ready, batch)
+        if arm.drafter == EAGLE:
+            self._draft_with_head(arm, ready, offered)
+        return arm
+
+    def _choose(self, ready: list[Request], batch: int) -> Arm:
+        """Ask the controller; n-gram drafts are handed out at once."""
+        expected: dict[Arm, Expectation] = dict.fromkeys(self._ngram_arms, (0.0, 0.0))
+        if NGRAM in self._drafters and ready:
+            drafts = self._ngram_drafts(ready)
+            drafted, accepted = drafts.drafted.tolist(), drafts.accepted.tolist()
+            expected = {arm: (drafted[arm.k], accepted[arm.k]) for arm in self._ngram_arms}
+        head = EAGLE in self._drafters and self._head.affordable(self.running)
+        if not head:
+            expected |= dict.fromkeys(self._head_arms, (0.0, 0.0))
+        if not head and not any(drafted for drafted, _ in expected.values()):
+            self.controller.counts[bucket_of(batch), PLAIN] += 1
+            return PLAIN
+        arm = self.controller.choose(batch, expected)
+        if arm in expected and not expected[arm][0]:
+            arm = PLAIN
+        self._rest.looked(used=arm.k > 0 or not self.controller.knows(batch))
+        if arm.drafter == NGRAM:
+            lengths = drafts.lengths[: len(ready)].tolist()
+            tokens = drafts.tokens[: len(ready)].tolist()
+            self._hand_out(ready, [draft[:length] for draft, length in zip(tokens, lengths, strict=True)], arm.k)
+        return arm
+
+    def _ngram_drafts(self, ready: list[Request]) -> Drafts:
         self._tell(ready)
-        threshold = self.controller.threshold(len(ready))
         numbers = [self._numbers[request.request_id] for request in ready]
         limits = [self._room(request) for request in ready]
-        drafts = self._ngram.propose(numbers, limits, threshold)
-        drafted, accepted = drafts.drafted.tolist(), drafts.accepted.tolist()
-        if not drafted[-1]:
-            self.controller.counts[bucket_of(len(ready)), PLAIN] += 1
-            return PLAIN
-        arm = self.controller.choose(len(ready), {arm: (drafted[arm.k], accepted[arm.k]) for arm in self._arms})
-        self._rest.looked(used=arm.k > 0 or not self.controller.knows(len(ready)))
-        if not drafted[arm.k]:
-            return arm
-        budget = max(self.max_num_scheduled_tokens - len(ready), 0)
-        lengths = drafts.lengths[: len(ready)].tolist()
-        for request, draft, length in zip(ready, drafts.tokens[: len(ready)].tolist(), lengths, strict=True):
-            kept = min(length, arm.k, budget)
-            budget -= kept
-            request.spec_token_ids = draft[:kept]
-        return arm
+        return self._ngram.propose(numbers, limits, self.controller.threshold(len(ready)))
+
+    def _draft_with_head(self, arm: Arm, ready: list[Request], offered: dict[str, list[int]]) -> None:
+        """Hand out what the head drafted; when it has not, the next step will do so, whatever its forecast then."""
+        if self._head.behind:
+            self.reset_prefix_cache(reset_running_requests=True)
+            ready = []
+        drafts = [offered.get(request.request_id, [])[: self._room(request)] for request in ready]
+        self._head.primed = None if any(drafts) or (ready and self._head.primed) else arm
+        self._hand_out(ready, drafts, arm.k)
+
+    def _hand_out(self, requests: list[Request], drafts: list[list[int]], k: int) -> None:
+        budget = max(self.max_num_scheduled_tokens - len(requests), 0)
+        for request, draft in zip(requests, drafts, strict=True):
+            request.spec_token_ids = draft[: min(k, budget)]
+            budget -= len(request.spec_token_ids)
 
     def _room(self, request: Request) -> int:
         """Draft tokens that could still be of use: the step emits one more than it accepts."""
@@ -159,7 +228,21 @@ class SpeculativeScheduler(Scheduler):
         return max(length - request.num_tokens - 1, 0)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """The workers' own drafts; there are none, see `rollout.no_drafts`."""
+        """The workers' drafts for the next step, which chooses among them."""
+        self._head.offer(draft_token_ids)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        dropped: bool = super().reset_prefix_cache(*args, **kwargs)
+        if dropped:
+            self._head.blocks_dropped()
+        return dropped
+
+    def renew_head(self, version: int) -> None:
+        """The head has new weights, of this version: how often its drafts are accepted is to be learned again."""
+        self._drafter_version = version
+        for controller in self._controllers.values():
+            controller.renew(EAGLE)
+        self._rest = Rest()
 
     def _tell(self, requests: list[Request]) -> None:
         """Let the drafter know what these requests have generated since it was last told."""
@@ -176,16 +259,18 @@ class SpeculativeScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> Any:
         under_way, self._under_way = self._under_way, None
         sampled = output.sampled_token_ids
-        emitted, accepted = sum(map(len, sampled)), 0
+        emitted = sum(map(len, sampled))
         for name in scheduler_output.scheduled_spec_decode_tokens:
             new = len(sampled[output.req_id_to_index[name]])
-            if new > 1 and name in self._accepted:
-                accepted += new - 1
+            if new and name in self._accepted:
+                if under_way is not None:
+                    under_way.verified(name, new - 1)
                 first = self.requests[name].num_output_tokens
                 self._accepted[name].extend(range(first, first + new - 1))
         outputs = super().update_from_output(scheduler_output, output)
+        self._head.emitted += emitted
         if under_way is not None:
-            self._last = under_way, emitted, accepted
+            self._last = under_way, emitted
             if not self.has_unfinished_requests():
                 self._measure(time.perf_counter())  # the next step may be long in coming
         return outputs
@@ -194,18 +279,32 @@ class SpeculativeScheduler(Scheduler):
         """The last step ends where this one begins, so that all the engine does for a step is counted."""
         if self._last is None:
             return
-        (step, emitted, accepted), self._last = self._last, None
+        (step, emitted), self._last = self._last, None
         batch, drafted = len(step.scheduled.num_scheduled_tokens), sum(step.drafts.values())
         seconds = now - step.started
-        self.counts.steps += 1
-        self.counts.verifications += batch
-        self.counts.drafted += drafted
-        self.counts.accepted += accepted
-        self.counts.emitted += emitted
-        self.counts.seconds += seconds
+        self._count(step, batch, drafted, emitted, seconds)
         self.timeline.append((step.started, batch, str(step.arm), emitted))
-        if step.pure and emitted:
-            self.controller.observe(Step(step.arm, batch, drafted, emitted, seconds))
+        # A step in which the head only drafts for the next one costs more than a plain one.
+        primes = step.arm.drafter == EAGLE and not drafted
+        if step.pure and emitted and not primes:
+            # What n-gram drafts expect is told by their own chances.
+            places = (tuple(step.tried_at), tuple(step.accepted_at)) if step.arm.drafter == EAGLE else ((), ())
+            self.controller.observe(Step(step.arm, batch, drafted, emitted, seconds, *places))
+
+    def _count(self, step: _Running, batch: int, drafted: int, emitted: int, seconds: float) -> None:
+        counts = self.counts
+        counts.steps += 1
+        counts.verifications += batch
+        counts.drafted += drafted
+        counts.accepted += step.accepted
+        counts.emitted += emitted
+        counts.seconds += seconds
+        if drafted:
+            counts.drafted_by[step.arm.drafter] += drafted
+            counts.accepted_by[step.arm.drafter] += step.accepted
+        if step.arm.drafter == EAGLE:
+            counts.tried_at.update(dict(enumerate(step.tried_at)))
+            counts.accepted_at.update(dict(enumerate(step.accepted_at)))
 
     def state(self) -> dict[str, Any]:
         """What the rule in use has learned, as plain values."""
@@ -220,5 +319,6 @@ class SpeculativeScheduler(Scheduler):
         """Totals since the last call."""
         counts, self.counts = self.counts, SpeculationCounts()
         counts.chosen = Counter({(bucket, str(arm)): steps for (bucket, arm), steps in self.controller.counts.items()})
+        counts.drafter_version = self._drafter_version
         self.controller.counts.clear()
         return counts

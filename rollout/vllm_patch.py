@@ -1,13 +1,19 @@
-"""The one place that changes vLLM. Five functions, all about which token is sampled, or when:
+"""The one place that changes vLLM. Eight functions, all about which token is sampled, or when:
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
   agrees whenever drafter and policy agree, also at temperature 1.
 - `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.verify: rejection`: vLLM 0.32 leaves its result
   uninitialised there, which gives drafts the wrong temperature.
-
-- `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft. (Where
-  the scheduler drafts, see `rollout.no_drafts`; a model that drafts has to see every step.)
+- `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft, unless
+  an EAGLE head is to draft after it. And no length is too long for the head: vLLM would hand out drafts of zeros to all
+  requests as soon as one is near its end, although positions past the end are taken care of.
+- `GPUModelRunner.propose_draft_token_ids`: where the scheduler lets the EAGLE head rest (`eagle.RESTS`), it does not
+  run. With K = 0, vLLM's own way, it would still make its first pass, to keep its keys and values complete.
+- `SpecDecodeBaseProposer._maybe_share_embeddings`, `_maybe_share_lm_head`: the head always reads the policy's
+  embedding, and the `lm_head` of an EAGLE-3 head is never the policy's. vLLM compares values: a copy of the embedding
+  in the head's folder would stay as it is when the policy changes, and an `lm_head` that started as the policy's would
+  be one with it, so that new weights for one would overwrite the other.
 - `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
   lacks them; ours does not.
 
@@ -33,9 +39,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from rollout import eagle
 from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
 from rollout.no_drafts import NoDrafts
-from rollout.records import SEED_KEY
+from rollout.records import SEED_KEY, SPECULATION_KEY
 from rollout.verify import verify_tokens
 
 TESTED_VERSIONS = ("0.32.0",)
@@ -83,6 +90,8 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
     _replace_sampling(vocab_limit)
     _replace_draft_sampling()
     _replace_execute_model()
+    _replace_proposing()
+    _replace_sharing()
     SamplingParams._validate_spec_decode = _validate_spec_decode
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
@@ -126,13 +135,48 @@ def _replace_execute_model() -> None:
     stock_execute_model = GPUModelRunner.execute_model
 
     def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(runner, "drafter", None), NoDrafts):
-            drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
-            runner.speculative_config = runner.vllm_config.speculative_config if drafts else None
-            runner.effective_drafter_max_model_len = sys.maxsize  # no drafter has a length to run out of
+        if SPECULATION_KEY in runner.vllm_config.additional_config:
+            plain = _head_rests(runner, scheduler_output) and not scheduler_output.scheduled_spec_decode_tokens
+            runner.speculative_config = None if plain else runner.vllm_config.speculative_config
+            runner.effective_drafter_max_model_len = sys.maxsize
         return stock_execute_model(runner, scheduler_output, *args, **kwargs)
 
     GPUModelRunner.execute_model = execute_model
+
+
+def _head_rests(runner: Any, scheduler_output: Any) -> bool:
+    rests: bool = scheduler_output.num_spec_tokens_to_schedule == eagle.RESTS
+    return rests or isinstance(getattr(runner, "drafter", None), NoDrafts)
+
+
+def _replace_proposing() -> None:
+    stock_propose = GPUModelRunner.propose_draft_token_ids
+
+    def propose_draft_token_ids(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if _head_rests(runner, scheduler_output):
+            return []
+        return stock_propose(runner, scheduler_output, *args, **kwargs)
+
+    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+
+
+def _replace_sharing() -> None:
+    stock_share_embeddings = SpecDecodeBaseProposer._maybe_share_embeddings
+    stock_share_lm_head = SpecDecodeBaseProposer._maybe_share_lm_head
+
+    def share_embeddings(proposer: Any, policy: torch.nn.Module) -> None:
+        if proposer.method in ("eagle", "eagle3"):
+            proposer.model.has_own_embed_tokens = False
+        stock_share_embeddings(proposer, policy)
+
+    def share_lm_head(proposer: Any, policy: torch.nn.Module) -> None:
+        own = getattr(proposer.model, "lm_head", None)
+        stock_share_lm_head(proposer, policy)
+        if proposer.method == "eagle3" and proposer.model.has_own_lm_head:
+            proposer.model.lm_head = own
+
+    SpecDecodeBaseProposer._maybe_share_embeddings = share_embeddings
+    SpecDecodeBaseProposer._maybe_share_lm_head = share_lm_head
 
 
 class DraftNoise:

@@ -1,10 +1,12 @@
-"""What this package adds to vLLM's workers: the checksums of the weights that the model multiplies with."""
+"""What this package adds to vLLM's workers: new weights for an EAGLE head, and checksums of the weights in use."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -18,8 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.checksum import PartialChecksums, partial_checksum
+from rollout.shm_transfer import TensorPlace, map_segment, segment_bytes
 from rollout.vllm_patch import verify_clock
 
 # (HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part)
@@ -34,12 +38,22 @@ class WorkerExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`); its methods are called through `collective_rpc`."""
 
     model_runner: Any
+    vllm_config: Any
 
     def take_verify_seconds(self) -> float:
         """Seconds that this worker spent sampling and verifying since the last call."""
         seconds = verify_clock.seconds
         verify_clock.seconds = 0.0
         return seconds
+
+    def load_head(self, segment: str, places: list[TensorPlace]) -> None:
+        """Load the EAGLE head from a shared memory segment. The modules that it shares with the policy take no part."""
+        mapped = map_segment(segment, segment_bytes(places))
+        head = self.model_runner.get_draft_model()
+        with set_current_vllm_config(self.vllm_config), _without_shared(head, self.model_runner.get_model()):
+            initialize_layerwise_reload(head)
+            head.load_weights((place.name, place.view(mapped)) for place in places)
+            finalize_layerwise_reload(head, self.vllm_config.speculative_config.draft_model_config)
 
     @torch.inference_mode()
     def weight_checksums(self) -> PartialChecksums:
@@ -52,6 +66,25 @@ class WorkerExtension:
             bounds = tuple(span.indices(size)[:2] for span, size in zip(index, shape, strict=True))
             checksums[name, bounds] = partial_checksum(part, index, shape)
         return checksums
+
+
+@contextmanager
+def _without_shared(head: torch.nn.Module, policy: torch.nn.Module) -> Iterator[None]:
+    """Takes the policy's modules (the embedding, an EAGLE head's output layer) out of the head, and puts them back."""
+    own_by_policy = set(policy.modules())
+    shared = [
+        (parent, name, child)
+        for parent in head.modules()
+        for name, child in parent.named_children()
+        if child in own_by_policy and parent not in own_by_policy
+    ]
+    for parent, name, _ in shared:
+        delattr(parent, name)
+    try:
+        yield
+    finally:
+        for parent, name, child in shared:
+            setattr(parent, name, child)
 
 
 def live_parts(model: torch.nn.Module) -> Iterator[Part]:

@@ -216,8 +216,9 @@ class Train(Section):
 class Speculation(Section):
     """Drafts that the engines verify: they change how fast tokens come, never which."""
 
-    drafters: list[Literal["ngram"]] = ["ngram"]
-    """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other."""
+    drafters: list[Literal["ngram", "eagle"]] = ["ngram"]
+    """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other;
+    eagle: the trained head of section `drafter`."""
     adaptive: Literal["off", "static", "beg", "model"] = "off"
     """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens a second
     (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
@@ -264,6 +265,32 @@ class Rollout(Section):
     """CPU threads per engine; null: all cores when colocated, divided by the number of engines."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Options of vLLM's engine by their own names, e.g. `gpu_memory_utilization: 0.5`, `enforce_eager: true`."""
+
+
+class Drafter(Section):
+    """The EAGLE head that drafts for the engines when `rollout.speculation.drafters` has `eagle`, and its training."""
+
+    kind: Literal["eagle3", "eagle"] = "eagle3"
+    """eagle3: reads hidden states of three depths of the policy; eagle: only the last one."""
+    path: str | None = None
+    """Folder of a trained head in vLLM's format (see `megatron-rl drafter warmup`); null: start from random weights."""
+    draft_vocab: PositiveInt | None = None
+    """Most frequent tokens that a new eagle3 head can propose; null: the whole vocabulary."""
+    fill: list[Literal["bubbles", "tails"]] = ["bubbles", "tails"]
+    """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step."""
+    min_slices: int = Field(0, ge=0)
+    """Slices of training that every step runs, after its update if idle time had no room for them. With 0 and an empty
+    `fill` the head stays as it is."""
+    publish_every: PositiveInt = 1
+    """Steps between attempts to hand the trained head to the engines, which get it only when it drafts better."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate of the head."""
+    unroll: int = Field(4, ge=1, le=7)
+    """Draft tokens that training looks ahead."""
+    tokens_per_slice: PositiveInt = 256
+    """Longest packed row of one slice; longer responses are cut into windows."""
+    memory_mb: PositiveInt = 1024
+    """Host memory for hidden states of the policy, in MiB per trainer process; those of old versions go first."""
 
 
 class Eval(Section):
@@ -327,6 +354,8 @@ class Config(Section):
     """The optimisation."""
     rollout: Rollout = Rollout()
     """The fleet of vLLM engines."""
+    drafter: Drafter = Drafter()
+    """The trained drafter."""
     eval: Eval = Eval()
     """Evaluation on held-out prompts."""
     checkpoint: Checkpoint = Checkpoint()

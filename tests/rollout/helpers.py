@@ -92,10 +92,13 @@ def open_engines(arguments: list[tuple], **env: str) -> Iterator[list[Any]]:
         ray.shutdown()
 
 
-def open_arguments(folder: Path, model: Path, vllm: dict | None = None, **rollout: Any) -> tuple:
+def open_arguments(
+    folder: Path, model: Path, vllm: dict | None = None, drafter_path: str | None = None, **rollout: Any
+) -> tuple:
     """Arguments of an engine for `open_engines`; `vllm` options go to vLLM as they are, the reserved ones too."""
     config = make_config(folder, model, **rollout)
-    arguments = engine_arguments(config, make_environment(), str(model)) | {"load_format": "auto"} | (vllm or {})
+    arguments = engine_arguments(config, make_environment(), str(model), drafter_path)
+    arguments |= {"load_format": "auto"} | (vllm or {})
     return arguments, config.rollout.verify == "coupled", config.rollout.sampling
 
 

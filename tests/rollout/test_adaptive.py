@@ -1,6 +1,7 @@
 """Controllers on scripted machines: latency and acceptance are given, and the best arm is known."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -245,3 +246,66 @@ def test_drafts_are_tried_a_few_times_in_each_bucket_even_where_their_forecast_i
         drafted = sum(arm.k > 0 for arm in arms)
         assert TRIALS <= drafted < 12
     assert controller.knows(4) and controller.knows(64) and not controller.knows(16)
+
+
+class TwoDrafters:
+    """N-gram drafts are free, rarely right, and say so; a head takes time for each of its tokens and cannot tell."""
+
+    def __init__(self, head_accept: float, seed: int = 0) -> None:
+        self.accept = {"ngram": 0.3, "eagle": head_accept}
+        self.random = random.Random(seed)
+
+    def run(self, controller: Controller, batch: int, steps: int) -> list[Arm]:
+        chosen = []
+        for _ in range(steps):
+            told = {arm: (batch * arm.k, batch * self._share("ngram", arm.k)) for arm in ARMS if arm.k}
+            arm = controller.choose(batch, told)
+            chosen.append(arm)
+            tried = [round(batch * self.accept.get(arm.drafter, 0.0) ** place) for place in range(arm.k + 1)]
+            seconds = 4e-3 + 1e-4 * batch * (arm.k + 1) + (5e-4 * arm.k if arm.drafter == "eagle" else 0.0)
+            places = (tuple(tried[:-1]), tuple(tried[1:])) if arm.drafter == "eagle" else ()
+            emitted = batch + sum(tried[1:])
+            controller.observe(
+                Step(arm, batch, batch * arm.k, emitted, seconds * self.random.gauss(1.0, 0.03), *places)
+            )
+        return chosen
+
+    def _share(self, drafter: str, k: int) -> float:
+        return sum(self.accept[drafter] ** (place + 1) for place in range(k))
+
+
+def drafters_of(chosen: list[Arm]) -> Counter[str]:
+    return Counter(arm.drafter for arm in chosen)
+
+
+def test_the_better_of_two_drafters_is_found_where_each_pays() -> None:
+    controller = make_controller("model", ["eagle", "ngram"], 8)
+    machine = TwoDrafters(head_accept=0.85)
+    for batch in (64, 16, 2):
+        machine.run(controller, batch, 150)
+    # 2 requests: 4.2 ms for one token each; the head's 8 drafts take 9.8 ms for 4.4 tokens.
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] > 180
+    machine.accept["eagle"] = 0.02
+    machine.run(controller, 2, 400)
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] < 20
+
+
+def test_a_useless_head_is_left_alone_until_it_is_another_one() -> None:
+    controller = make_controller("model", ["eagle", "ngram"], 8)
+    machine = TwoDrafters(head_accept=0.0)
+    assert 1 <= drafters_of(machine.run(controller, 64, 100))["eagle"] < 20
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] < 12  # where its cost is a guess, and the gain 0
+    machine.accept["eagle"] = 0.9
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] == 0, "nothing says that it has changed"
+    controller.renew("eagle")
+    assert drafters_of(machine.run(controller, 2, 200))["eagle"] > 150
+
+
+@pytest.mark.parametrize("kind", ["beg", "model"])
+def test_an_arm_that_would_draft_nothing_is_not_chosen(kind: str) -> None:
+    controller = make_controller(kind, ["eagle"], 4)
+    nothing = {arm: (0.0, 0.0) for arm in make_arms(["eagle"], 4) if arm.k}
+    for _ in range(50):
+        assert controller.choose(2, nothing) == PLAIN
+        controller.observe(Step(PLAIN, 2, 0, 2, 4e-3))
+    assert controller.choose(1, {}).drafter == "eagle" or kind == "beg"
