@@ -18,6 +18,8 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import check_world_size
 
 if TYPE_CHECKING:
+    from drafter.fill import ThreadFill
+    from drafter.slices import SliceRunner
     from rollout.engine import EngineEnvironment
 
 # glibc returns large blocks to the kernel after each step and the page faults dominate small models; keep them instead.
@@ -165,6 +167,13 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
         vocab_limit=vocab_limit,
         vllm=vllm,
     )
+
+
+def idle_fill(runner: "SliceRunner") -> "ThreadFill":
+    """How the waits of the training step are filled with slices on this machine's device."""
+    from drafter.fill import CudaFill, ThreadFill
+
+    return CudaFill(runner) if on_gpu() else ThreadFill(runner)
 
 
 def amx_usable() -> bool | None:

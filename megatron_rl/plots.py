@@ -30,6 +30,15 @@ PHASES = (  # metric, name, colour; in the order of a step
 )
 OUTSIDE_THE_STEP = ("evaluation", "checkpoint")  # `time/step` does not include them
 OTHER = ("other", "#c3c7cd")
+SPAN_COLOURS = {
+    "forward": BLUE,
+    "backward": "#173f73",
+    "forward + backward": "#5b9bd5",
+    "communication": RED,
+    "bubble, filled": GREEN,
+    "bubble, empty": "#e4e6ea",
+    "tail": ORANGE,
+}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -161,6 +170,21 @@ def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.legend(loc="best", title="choice", markerscale=2.5)
+
+
+def bubble_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
+    """One step, a bar per pipeline rank; by kind of span, (rank, start in s, length in s), see `drafter.timeline`."""
+    ranks = sorted({rank for spans in kinds.values() for rank, _, _ in spans})
+    with _figure(file, "milliseconds", "rank") as axes:
+        for kind, spans in kinds.items():
+            for rank in ranks:
+                bars = [(1e3 * start, 1e3 * length) for place, start, length in spans if place == rank]
+                label = kind if rank == ranks[0] else None
+                axes.broken_barh(bars, (rank - 0.4, 0.8), color=SPAN_COLOURS.get(kind, GREY), label=label, linewidth=0)
+        axes.set_yticks(ranks)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _arm_order(arm: str) -> tuple[str, int]:

@@ -16,6 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from drafter.bubbles import BubbleCommunicator
+from drafter.fill import ThreadFill
 from megatron_rl.algorithms import PolicyTokens, policy_objective, token_weights
 from megatron_rl.batch import Batch, Microbatch, build_microbatch, plan_microbatches, with_values
 from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
@@ -79,6 +81,15 @@ class Policy:
         else:
             load_hf_weights(self.model, arch, config.model.path)
         self.module: torch.nn.Module = self.model
+        self.bubbles: BubbleCommunicator | None = None
+
+    def fill_bubbles(self, fill: ThreadFill) -> BubbleCommunicator:
+        """From now on, run slices while this pipeline stage waits for others. Does not change what is computed."""
+        config = self.model.config
+        self.bubbles = BubbleCommunicator(parallel_state.get_pipeline_model_parallel_group(), config, fill)
+        if config.finalize_model_grads_func is not None:
+            config.finalize_model_grads_func = self.bubbles.flushing(config.finalize_model_grads_func)
+        return self.bubbles
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
@@ -112,6 +123,7 @@ class Policy:
                 if progress is not None:
                     progress(done + 1, len(rows))
 
+        pipeline = self.bubbles.start_pass(len(rows), forward_only) if self.bubbles is not None else {}
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, loss_function),
             data_iterator=microbatches(),
@@ -121,6 +133,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=loss_function is None,
+            **pipeline,
         )
         return results
 

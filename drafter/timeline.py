@@ -1,0 +1,99 @@
+"""What a rank did during one step, as spans of time: for a look at the bubbles, and for what filled them.
+
+Spans are noted by the communicator at a few microseconds each, and only while `recording`. The ranks' spans are merged
+on the wall clock, which nodes share as well as NTP keeps it.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+KINDS = ("forward", "backward", "forward + backward", "communication", "bubble, filled", "bubble, empty", "tail")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stretch of a rank's time."""
+
+    kind: str
+    """One of KINDS."""
+    start: float
+    """Seconds."""
+    end: float
+
+
+class Timeline:
+    """The spans of this rank."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.spans: list[Span] = []
+
+    def start(self) -> None:
+        """Forget what was noted before and record from now on."""
+        self.spans, self.recording = [], True
+
+    def add(self, kind: str, start: float, end: float) -> None:
+        """Note a span between two times of `time.perf_counter`; empty ones are dropped."""
+        if self.recording and end > start:
+            self.spans.append(Span(kind, start, end))
+
+    def add_wait(self, start: float, agreed: float, end: float, slices: list[tuple[float, float]]) -> None:
+        """Note a wait for another stage: slices in it, empty time, and the transfer that follows `agreed`.
+
+        Args:
+            start: when the wait began.
+            agreed: when both sides were there.
+            end: when the tensors were.
+            slices: (start, end) of each slice, in order; the last may have ended after `end`.
+        """
+        if not self.recording:
+            return
+        last = start
+        for first, over in [*slices, (max(end, last), end)]:
+            self.add("bubble, empty", last, min(first, agreed))
+            self.add("communication", max(last, agreed), first)
+            self.add("bubble, filled", first, over)
+            last = over
+
+    def stop(self) -> list[Span]:
+        """End the recording; returns its spans on the wall clock (seconds since the epoch)."""
+        self.recording = False
+        offset = time.time() - time.perf_counter()
+        return [Span(span.kind, span.start + offset, span.end + offset) for span in self.spans]
+
+
+def gather(spans: list[Span], group: torch.distributed.ProcessGroup) -> list[list[Span]]:
+    """The spans of all ranks of `group` (one that moves host objects), by rank, on its first rank; elsewhere []."""
+    gathered: list[list[Span]] | None = [[]] * group.size() if group.rank() == 0 else None
+    torch.distributed.gather_object(spans, gathered, group=group, group_dst=0)
+    return gathered or []
+
+
+def rows(ranks: list[list[Span]]) -> dict[str, list[tuple[int, float, float]]]:
+    """For a plot: by kind, in the order of KINDS, (rank, seconds since the first span began, length in seconds)."""
+    origin = _origin(ranks)
+    by_kind: dict[str, list[tuple[int, float, float]]] = {kind: [] for kind in KINDS}
+    for rank, spans in enumerate(ranks):
+        for span in spans:
+            by_kind[span.kind].append((rank, span.start - origin, span.end - span.start))
+    return {kind: values for kind, values in by_kind.items() if values}
+
+
+def write_trace(ranks: list[list[Span]], file: Path) -> None:
+    """Write the spans as Chrome trace events (for chrome://tracing or Perfetto): one process per rank."""
+    origin = _origin(ranks)
+    events: list[dict[str, object]] = []
+    for rank, spans in enumerate(ranks):
+        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+        for span in spans:
+            micros = {"ts": (span.start - origin) * 1e6, "dur": (span.end - span.start) * 1e6}
+            events.append({"name": span.kind, "ph": "X", "pid": rank, "tid": 0, **micros})
+    file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def _origin(ranks: list[list[Span]]) -> float:
+    return min((span.start for spans in ranks for span in spans), default=0.0)

@@ -1,0 +1,56 @@
+"""The timeline of a step."""
+
+import json
+
+import pytest
+
+from drafter.timeline import Span, Timeline, rows, write_trace
+from megatron_rl import plots
+
+STEP = [[Span("forward", 10.0, 11.0), Span("bubble, filled", 11.0, 13.5)], [Span("bubble, empty", 10.5, 11.0)]]
+
+
+def test_nothing_is_noted_unless_recording():
+    timeline = Timeline()
+    timeline.add("forward", 0, 1)
+    timeline.add_wait(1, 2, 3, [])
+    assert timeline.spans == []
+
+
+def test_a_wait_is_cut_into_slices_gaps_and_transfer():
+    timeline = Timeline()
+    timeline.start()
+    timeline.add_wait(0.0, 8.0, 10.0, [(1.0, 3.0), (3.0, 5.0), (8.5, 9.0)])
+    assert timeline.spans == [
+        Span("bubble, empty", 0.0, 1.0),
+        Span("bubble, filled", 1.0, 3.0),
+        Span("bubble, filled", 3.0, 5.0),
+        Span("bubble, empty", 5.0, 8.0),
+        Span("communication", 8.0, 8.5),
+        Span("bubble, filled", 8.5, 9.0),
+        Span("communication", 9.0, 10.0),
+    ]
+
+
+def test_a_slice_may_outlast_the_wait():
+    timeline = Timeline()
+    timeline.start()
+    timeline.add_wait(0.0, 2.0, 2.5, [(1.0, 4.0)])
+    assert timeline.spans == [Span("bubble, empty", 0.0, 1.0), Span("bubble, filled", 1.0, 4.0)]
+
+
+def test_the_trace_has_one_process_per_rank_in_microseconds(tmp_path):
+    write_trace(STEP, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["rank 0", "rank 1"]
+    spans = [(event["pid"], event["name"], event["ts"], event["dur"]) for event in events if event["ph"] == "X"]
+    assert spans[0] == (0, "forward", 0.0, pytest.approx(1e6))
+    assert spans[2] == (1, "bubble, empty", pytest.approx(5e5), pytest.approx(5e5))
+
+
+def test_rows_for_a_plot_are_by_kind_from_zero(tmp_path):
+    kinds = rows(STEP)
+    assert list(kinds) == ["forward", "bubble, filled", "bubble, empty"]
+    assert kinds["bubble, empty"] == [(1, 0.5, 0.5)]
+    plots.bubble_timeline(kinds, tmp_path / "bubbles.png")
+    assert (tmp_path / "bubbles.png").read_bytes()[1:4] == b"PNG"
