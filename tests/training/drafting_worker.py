@@ -8,6 +8,7 @@ Afterwards, when SAVE_AT is given, the same with idle time filled instead.
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from megatron_rl.device import Runtime
 from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.heads import initial_head
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.tails import TailFiller
 from megatron_rl.trainer import Trainer
 from tests.training.models import VOCAB, random_sequences
 from tests.training.parity_worker import make_config
@@ -48,6 +50,10 @@ def slow_rollouts(count: int) -> Iterator[int]:
         yield number + 1
 
 
+def generate(tail: TailFiller) -> list[int]:
+    return list(tail.watch(slow_rollouts(8), 8))
+
+
 def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_at: int) -> dict:
     trainer = Trainer(config, runtime, Architecture.from_folder(config.model.path), VOCAB, 1.0)
     coordinator, fleet = Coordinator(runtime), FakeFleet() if runtime.is_driver else None
@@ -62,9 +68,7 @@ def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_a
     metrics = []
     for step in range(done + 1, steps + 1):
         if drafting.tail is not None:
-            tail = drafting.tail
-            received = coordinator.drive(lambda: list(tail.watch(slow_rollouts(8), 8)))
-            assert received == list(range(1, 9))
+            assert coordinator.drive(partial(generate, drafting.tail)) == list(range(1, 9))
         batch = Batch(prompts[step * 16 - 16 : step * 16], responses[step * 16 - 16 : step * 16])
         with drafting.recording(batch, step):
             trainer.logprobs(batch)
