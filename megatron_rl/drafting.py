@@ -140,7 +140,7 @@ class Drafting:
             tokens: of its sequences, to compare steps.
             rollout_metrics: the driver's, with what speculation did.
         """
-        metrics = self._live_metrics(rollout_metrics) if self._runtime.is_driver else {}
+        metrics = live_metrics(rollout_metrics, self.live.version) if self._runtime.is_driver else {}
         if self.trains:
             self._runner.run_until(lambda: self.trainer.slices >= self._config.drafter.min_slices)
             metrics |= _training_metrics(self.trainer.flush())
@@ -207,18 +207,6 @@ class Drafting:
             metrics["drafter/fill_cost"] = self.guard.cost
         return metrics
 
-    def _live_metrics(self, rollout_metrics: Mapping[str, float]) -> Metrics:
-        length = rollout_metrics.get("speculation/tokens_per_verification")
-        if length is None:
-            return {}
-        drafted = any(steps and "/eagle:" in name for name, steps in rollout_metrics.items())
-        if drafted and length < NEAR_ONE:
-            log.warning(
-                f"the engines emit only {length:.2f} tokens per verification with version {self.live.version} of the "
-                "drafter: hardly a draft is accepted. Warm the head up (megatron-rl drafter warmup), or train more."
-            )
-        return {"drafter/live_length": length}
-
     def state(self) -> dict[str, Any]:
         """For a checkpoint; the same on all ranks, but for the guard's times. Forgets the features (see the store)."""
         self.store.forget()
@@ -242,8 +230,23 @@ class Drafting:
 
 
 def _training_metrics(flush: Flush) -> Metrics:
-    return {
-        "drafter/loss": flush.loss,
-        "drafter/grad_norm": flush.grad_norm,
-        "drafter/slices": flush.slices,
-    }
+    return {"drafter/loss": flush.loss, "drafter/grad_norm": flush.grad_norm, "drafter/slices": flush.slices}
+
+
+def live_metrics(rollout_metrics: Mapping[str, float], version: int) -> Metrics:
+    """What speculation did for the engines; warns in the log when drafts of the head are hardly ever accepted.
+
+    Args:
+        rollout_metrics: the `speculation/*` of `docs/metrics.md`, or nothing of it.
+        version: of the live head.
+    """
+    length = rollout_metrics.get("speculation/tokens_per_verification")
+    if length is None:
+        return {}
+    drafted = any(steps and "/eagle:" in name for name, steps in rollout_metrics.items())
+    if drafted and length < NEAR_ONE:
+        log.warning(
+            f"the engines emit only {length:.2f} tokens per verification with version {version} of the drafter: hardly "
+            "a draft is accepted. Warm the head up (megatron-rl drafter warmup), or train it more."
+        )
+    return {"drafter/live_length": length}

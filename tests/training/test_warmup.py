@@ -11,10 +11,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from drafter.checkpoint import load_head
-from megatron_rl.config import ConfigError
+from drafter.checkpoint import load_head, save_head
+from drafter.head import EagleHead
+from drafter.packed import PolicyWeights
+from megatron_rl.config import ConfigError, load_config
+from megatron_rl.heads import initial_head
 from megatron_rl.warmup import read_rollouts
-from tests.drafter.policies import sample
+from tests.drafter.policies import sample, small_config
 from tests.launching import ROOT
 from tests.rollout.tiny_models import make_model
 
@@ -52,6 +55,24 @@ def test_it_lifts_the_held_out_length_and_writes_a_head(folder: Path):
     assert len(lengths) == 4 and lengths[-1] > lengths[0] + 0.1, done.stdout
     head = load_head(folder / "run" / "drafter")
     assert head.config.draft_vocab_size == 64 and all(p.isfinite().all() for p in head.parameters())
+
+
+def test_heads_that_do_not_fit_are_refused(folder: Path):
+    config = load_config(folder / "experiment.yaml", [])
+    policy = PolicyWeights(torch.zeros(128, 64), torch.ones(128, 64))
+    with pytest.raises(ConfigError, match=r"make the head with `megatron-rl drafter warmup`"):
+        initial_head(config, policy)
+    whole = config.model_copy(update={"drafter": config.drafter.model_copy(update={"draft_vocab": None})})
+    head = initial_head(whole, policy)
+    assert torch.equal(head.lm_head.weight, policy.lm_head), "starts from the policy's"
+    assert torch.equal(head.fc.weight, initial_head(whole, policy).fc.weight), "the same on every rank"
+    for kind, width, message in (("eagle3", 32, "hidden_size 32"), ("eagle", 64, "kind eagle")):
+        save_head(
+            EagleHead(small_config(kind, hidden_size=width, vocab_size=128, draft_vocab_size=128)), folder / "bad"
+        )
+        bad = whole.model_copy(update={"drafter": whole.drafter.model_copy(update={"path": str(folder / "bad")})})
+        with pytest.raises(ConfigError, match=message):
+            initial_head(bad, policy)
 
 
 def test_rollouts_that_cannot_be_used_are_named(tmp_path: Path):
