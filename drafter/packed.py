@@ -30,6 +30,27 @@ class PackedFeatures:
     cu_seqlens: Int[Tensor, " sequences+1"]
     """First position of each sequence, and the end of the last."""
 
+    def to(self, device: torch.device) -> "PackedFeatures":
+        """The row on another device."""
+        return PackedFeatures(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def pack(rows: list[PackedFeatures]) -> PackedFeatures:
+    """The sequences of several rows as one, new tensors; the rows have no padding."""
+    cu_seqlens, length = rows[0].cu_seqlens[:1], 0
+    for row in rows:
+        cu_seqlens = torch.cat([cu_seqlens, row.cu_seqlens[1:] + length])
+        length += len(row.token_ids)
+    final = torch.cat([row.final_hidden for row in rows])
+    shared = all(row.hidden_states is row.final_hidden for row in rows)
+    return PackedFeatures(
+        token_ids=torch.cat([row.token_ids for row in rows]),
+        hidden_states=final if shared else torch.cat([row.hidden_states for row in rows]),
+        final_hidden=final,
+        response_mask=torch.cat([row.response_mask for row in rows]),
+        cu_seqlens=cu_seqlens,
+    )
+
 
 @dataclass(frozen=True)
 class PolicyWeights:

@@ -111,6 +111,8 @@ class Microbatch:
     """Their places in the batch's flat layout (on the CPU)."""
     values: dict[str, Float[torch.Tensor, "tokens"]]
     """The batch's per-token values at `flat_index`, on the device."""
+    sequences: list[int]
+    """Which sequences of the batch are in the row, in their order there."""
 
 
 def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: torch.device) -> Microbatch:
@@ -143,6 +145,7 @@ def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: to
         targets=torch.tensor(targets, dtype=torch.int64, device=device),
         flat_index=places,
         values={name: value[places].to(device) for name, value in batch.values.items()},
+        sequences=indices,
     )
 
 

@@ -2,10 +2,11 @@
 
 A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model,
 optimizer, and a small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model
-folder by itself; and `driver/`, JSON files of what the driver's parts want to keep.
+folder by itself; and `driver/`, files of what the driver's parts want to keep.
 """
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,12 @@ def _steps(run_dir: str | Path) -> dict[int, Path]:
 
 
 def save_checkpoint(
-    trainer: "Trainer", run_dir: str | Path, step: int, keep: int, driver: Mapping[str, Any] | None = None
+    trainer: "Trainer",
+    run_dir: str | Path,
+    step: int,
+    keep: int,
+    driver: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
 ) -> None:
     """Save on all ranks. The folder gets its name only when it is complete.
 
@@ -55,13 +61,14 @@ def save_checkpoint(
         step: RL steps done.
         keep: newest checkpoints to keep; older ones are removed.
         driver: plain values by name, which `load_driver_state` returns; those of rank 0 count.
+        tensors: values with tensors by name, which `load_tensors` returns; those of rank 0 count.
     """
     folder = checkpoint_folder(run_dir, step)
     _count_padding_between_parameters(trainer)
     contents = _sharded_state(trainer, loading=False)
     # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
     contents["state"] = {"step": step, "updates": trainer.updates}
-    write_model_folder(contents, trainer.config.model.path, folder, driver)
+    write_model_folder(contents, trainer.config.model.path, folder, driver, tensors)
     if trainer.runtime.is_driver:
         remove_old_checkpoints(run_dir, keep)
     torch.distributed.barrier()
@@ -102,6 +109,19 @@ def load_driver_state(run_dir: str | Path, step: int, name: str) -> Any:
         raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
 
 
+def load_tensors(run_dir: str | Path, step: int, name: str) -> Any:
+    """What was saved under that name, on the CPU, or None when the checkpoint has nothing by it.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    file = _steps(run_dir)[step] / "driver" / f"{name}.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
+
+
 def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
     """Restore the weights alone from a checkpoint or converted folder, on all ranks.
 
@@ -118,20 +138,26 @@ def has_megatron_weights(folder: str | Path) -> bool:
 
 
 def write_model_folder(
-    contents: dict[str, Any], template: str | Path, folder: Path, driver: Mapping[str, Any] | None = None
+    contents: dict[str, Any],
+    template: str | Path,
+    folder: Path,
+    driver: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`.
 
-    Rank 0's `driver` values go to `folder/driver/<name>.json`.
+    Rank 0's `driver` values go to `folder/driver/<name>.json`, its `tensors` to `folder/driver/<name>.pt`.
     """
     megatron_patch.install()
     with new_model_folder(folder, template) as draft:
         (draft / "megatron").mkdir(exist_ok=True)
         dist_checkpointing.save(contents, str(draft / "megatron"))
-        if driver and torch.distributed.get_rank() == 0:
+        if torch.distributed.get_rank() == 0:
             (draft / "driver").mkdir()
-            for name, value in driver.items():
+            for name, value in (driver or {}).items():
                 (draft / "driver" / f"{name}.json").write_text(json.dumps(value))
+            for name, value in (tensors or {}).items():
+                torch.save(value, draft / "driver" / f"{name}.pt")
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:

@@ -18,6 +18,8 @@ app = typer.Typer(
 
 bench_app = typer.Typer(help="Measure parts of the system.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+drafter_app = typer.Typer(help="The trained drafter of speculative decoding.", no_args_is_help=True)
+app.add_typer(drafter_app, name="drafter")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
@@ -124,6 +126,36 @@ def bench_speculative(
     if quick:
         batches, tokens, repetitions = "1,32", min(tokens or settings.rollout.max_tokens, 48), 2
     run_speculative(settings, batches, tokens, repetitions, json, quick)
+
+
+@drafter_app.command("warmup")
+def warm_up_drafter(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of rollouts to generate.")] = 8,
+    updates: Annotated[int, typer.Option("--updates", min=1, help="Optimizer steps.")] = 300,
+    slices: Annotated[int, typer.Option("--slices", min=1, help="Packed rows per step and trainer process.")] = 4,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option("--rollouts", help="Saved rollouts to train on: JSON lines with prompt_ids and token_ids."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; default: RUN_DIR/drafter.")] = None,
+) -> None:
+    """Train a drafter for the policy `model.path` on its own rollouts, before a run that uses it."""
+    from megatron_rl.config import Config, load_config
+    from megatron_rl.launch import launch
+
+    def run(settings: Config) -> None:
+        from megatron_rl import warmup
+
+        warmup.run(settings, warmup.WarmupOptions(batches, updates, slices, rollouts=rollouts, output=output))
+
+    overrides = overrides or []
+    options = ["--batches", str(batches), "--updates", str(updates), "--slices", str(slices)]
+    options += ["--rollouts", str(rollouts)] if rollouts is not None else []
+    options += ["--output", str(output)] if output is not None else []
+    arguments = ["-c", str(config), *options, *overrides]
+    raise typer.Exit(launch(load_config(config, overrides), "drafter warmup", arguments, run))
 
 
 @app.command()

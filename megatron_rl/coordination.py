@@ -21,6 +21,8 @@ class Coordinator:
         self._runtime = runtime
         self._actions: dict[str, Callable[[], None]] = {}
         self._driving = False
+        self.wait: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
+        """How the other ranks wait for the driver: returns what `operation`, which blocks, returns."""
 
     def register(self, name: str, action: Callable[[], None]) -> None:
         """Make `action` known as `name`; to be done on all ranks."""
@@ -35,7 +37,7 @@ class Coordinator:
             self._exchange(("result", result))
             return result
         while True:
-            kind, payload = self._exchange(None)
+            kind, payload = self.wait(lambda: self._exchange(None))
             if kind == "result":
                 return payload  # type: ignore[no-any-return]
             self._actions[payload]()

@@ -7,15 +7,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from drafter.checkpoint import save_head
 from megatron_rl import device
 from megatron_rl.algorithms import mismatch_metrics
 from megatron_rl.batch import Batch
-from megatron_rl.checkpoint import load_checkpoint, load_driver_state, save_checkpoint
+from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
+from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy, trains_a_drafter
 from megatron_rl.generation import Generator
+from megatron_rl.heads import initial_head
 from megatron_rl.metrics import MetricsLogger
 from megatron_rl.models.weights import export_hf
 from megatron_rl.report import write_report
@@ -94,6 +97,17 @@ class Experiment:
             config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
         )
         self.weight_sync.sync(start.resumed)
+        self.drafting = self._build_drafting(start.resumed) if trains_a_drafter(config) else None
+
+    def _build_drafting(self, resumed: int) -> Drafting:
+        head = initial_head(self.config, frozen_policy(self.trainer.weights))
+        drafting = Drafting(self.config, self.runtime, self.trainer, head, self.coordinator, self.fleet)
+        if resumed and (state := load_tensors(self.config.run_dir, resumed, CHECKPOINT_NAME)):
+            drafting.restore(state)
+        if drafting.tail is not None and self.runtime.is_driver:
+            self.generator.watch = drafting.tail.watch
+        drafting.start()
+        return drafting
 
     def __enter__(self) -> "Experiment":
         return self
@@ -120,6 +134,20 @@ class Experiment:
                 phase.advance()
 
             yield report
+
+    def feeding_drafter(self, batch: Batch, step: int) -> contextlib.AbstractContextManager[None]:
+        """Around a pass over the step's rollouts: the drafter, if there is one, learns from it."""
+        return self.drafting.recording(batch, step) if self.drafting is not None else contextlib.nullcontext()
+
+    def train_drafter(self, batch: Batch, step: int) -> Metrics:
+        """What is left to do for the drafter in a step; its metrics on the driver."""
+        if self.drafting is None:
+            return {}
+        seconds = self.clock.elapsed()
+        tokens = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
+        rollout_metrics = self.generator.metrics if self.runtime.is_driver else {}
+        with self.clock.phase("drafter"):
+            return self.drafting.finish_step(step, seconds, tokens, rollout_metrics)
 
     def step_metrics(self, batch: Batch, update: Metrics, sync: Metrics) -> Metrics:
         """All metrics of a step, on the driver; elsewhere an empty dict."""
@@ -158,7 +186,8 @@ class Experiment:
         """Checkpoint after `step`, whose metrics are already logged."""
         start = time.perf_counter()
         learned = {SPECULATION: self.fleet.speculation_states()} if self.fleet is not None else None
-        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned)
+        tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else None
+        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned, tensors)
         if self.runtime.is_driver:
             self._logger.log(step, {"time/checkpoint": time.perf_counter() - start})
 
@@ -168,5 +197,8 @@ class Experiment:
         if self.config.checkpoint.export_hf:
             export_hf(self.trainer.weights, self.config.model.path, run_dir / "hf")
             self.console.info(f"the trained model is in {run_dir / 'hf'}")
+        if self.drafting is not None and self.runtime.is_driver:
+            save_head(self.drafting.live.head, run_dir / "drafter")
+            self.console.info(f"the drafter is in {run_dir / 'drafter'}")
         if self.runtime.is_driver and self.config.track.report:
             self.console.info(f"the report is in {write_report(run_dir)}")

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (5, 25, 50, 75, 95)
+Watch = Callable[[Iterator[Rollout], int], Iterator[Rollout]]
+"""(rollouts as they finish, their number) -> the same rollouts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Generator:
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
         self.metrics: dict[str, float] = {}
         """What the last call measured."""
+        self.watch: Watch = lambda rollouts, total: rollouts
+        """Sees the rollouts of training steps as they finish, and may use the time between them."""
 
     def _load_heldout(self, name: str) -> list[Prompt]:
         prompts = load_prompts(name, self._config.data, self._tokenizer, self._config.data.eval_split, heldout=True)
@@ -73,7 +78,7 @@ class Generator:
         prompts = [prompt for prompt, _ in visits for _ in range(config.algorithm.group_size)]
         self._fleet.take_speculation_counts()  # those of an evaluation
         start = time.perf_counter()
-        rollouts = self._generate("generating", requests)
+        rollouts = self._generate("generating", requests, self.watch)
         seconds = time.perf_counter() - start
         rewards = self._score(rollouts, prompts)
         self.metrics |= {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
@@ -113,13 +118,14 @@ class Generator:
         scores = self._score(rollouts, [prompt for prompt, _ in visits], penalize=False)
         return sum(score > 0 for score in scores) / len(scores)
 
-    def _generate(self, phase_name: str, requests: list[RolloutRequest]) -> list[Rollout]:
+    def _generate(self, phase_name: str, requests: list[RolloutRequest], watch: Watch | None = None) -> list[Rollout]:
         """Responses in the order of `requests`."""
         places = {(request.prompt_id, request.sample_index, request.epoch): i for i, request in enumerate(requests)}
         done: list[Rollout | None] = [None] * len(requests)
         start, tokens = time.perf_counter(), 0
         with self._console.phase(phase_name, len(requests)) as phase:
-            for rollout in self._fleet.generate(requests):
+            rollouts = self._fleet.generate(requests)
+            for rollout in watch(rollouts, len(requests)) if watch is not None else rollouts:
                 done[places[rollout.prompt_id, rollout.sample_index, rollout.epoch]] = rollout
                 tokens += len(rollout.token_ids)
                 phase.advance(note=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")

@@ -34,7 +34,7 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
 
     Args:
         config: the experiment.
-        command: `train` or `sft`.
+        command: `train`, `sft` or `drafter warmup`.
         arguments: what follows the command on the command line; the trainer processes get the same.
         run: entry point of a trainer process.
 
@@ -47,7 +47,7 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
         return _run_here(config, command, run)
     check_experiment(config, command)
-    program = ["-m", "megatron_rl.cli", command, *arguments]
+    program = ["-m", "megatron_rl.cli", *command.split(), *arguments]
     task = slurm_task(os.environ)
     if task is not None:
         environment = process_environment(config, int(task["LOCAL_WORLD_SIZE"]), {**os.environ, **task})
@@ -70,7 +70,7 @@ def check_experiment(config: Config, command: str) -> None:
         check_layout(config, scratch_layout(config.model.scratch))
     else:
         check_layout(config, read_hf_config(config.model.path))
-    if command == "train" and find_spec("vllm") is None:
+    if command != "sft" and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed; install megatron-rl[cpu] or, with GPUs, megatron-rl[cuda].")
     from megatron_rl.device import check_device
 

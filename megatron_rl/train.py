@@ -45,7 +45,11 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
     scored = experiment.coordinator.drive(lambda: experiment.generator.training_rollouts(step))
     batch = Batch.from_rollouts(scored.rollouts)
 
-    with clock.phase("old_logprobs"), experiment.progress("old log-probs") as progress:
+    with (
+        clock.phase("old_logprobs"),
+        experiment.feeding_drafter(batch, step),
+        experiment.progress("old log-probs") as progress,
+    ):
         batch = with_values(batch, old_logprobs=trainer.logprobs(batch, progress))
     if experiment.reference is not None:
         with clock.phase("ref_logprobs"), experiment.progress("ref log-probs") as progress:
@@ -61,7 +65,9 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
     with clock.phase("weight_sync"):
         sync = experiment.weight_sync.sync(step)
 
-    return experiment.step_metrics(batch, update, sync)
+    drafts = experiment.train_drafter(batch, step)
+
+    return experiment.step_metrics(batch, update, sync) | drafts
 
 
 def evaluate(experiment: Experiment, step: int) -> Metrics:

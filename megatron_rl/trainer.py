@@ -82,6 +82,8 @@ class Policy:
             load_hf_weights(self.model, arch, config.model.path)
         self.module: torch.nn.Module = self.model
         self.bubbles: BubbleCommunicator | None = None
+        self.on_microbatch: Callable[[Microbatch], None] | None = None
+        """Called with each micro-batch before its forward pass."""
 
     def fill_bubbles(self, fill: ThreadFill) -> BubbleCommunicator:
         """From now on, run slices while this pipeline stage waits for others. Does not change what is computed."""
@@ -142,6 +144,8 @@ class Policy:
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         microbatch = next(iterator)
         self.model.selected_rows = microbatch.rows
+        if self.on_microbatch is not None:
+            self.on_microbatch(microbatch)
         output = module(microbatch.input_ids, None, None, packed_seq_params=microbatch.packing)
         return output, partial(self._finish, microbatch, loss_function)
 

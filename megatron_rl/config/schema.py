@@ -289,6 +289,9 @@ class Drafter(Section):
     """Draft tokens that training looks ahead."""
     tokens_per_slice: PositiveInt = 256
     """Longest packed row of one slice; longer responses are cut into windows."""
+    tokens_per_step: PositiveInt = 8192
+    """Tokens of each step's rollouts whose hidden states are kept; an eighth of them is not trained on but measures how
+    well the head drafts."""
     memory_mb: PositiveInt = 1024
     """Host memory for hidden states of the policy, in MiB per trainer process; those of old versions go first."""
 

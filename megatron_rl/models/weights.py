@@ -161,6 +161,10 @@ class PolicyWeights:
                 yield block.hf_name, block.hf_index, local[block.local_index]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.full(set(self.shapes))
+
+    def full(self, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The full tensors of the parameters that hold any of `names`; a collective operation of the replica."""
         for stage in range(self.shard.pp_size):
             own = {p.name: p for p in shard_parameters(self.arch, self._at(self.shard.tp_rank, stage))}
             parts = [
@@ -168,7 +172,7 @@ class PolicyWeights:
                 for rank in range(self.shard.tp_size)
             ]
             for name, parameter in own.items():
-                if parameter.copy:
+                if parameter.copy or not any(block.hf_name in names for block in parameter.blocks):
                     continue
                 yield from self._assemble(stage, name, [part[name].blocks for part in parts])
 

@@ -82,6 +82,7 @@ def test_run_logs_exact_behaviour_and_learns_something(whole: Path):
         assert steps[step]["optim/grad_norm"] > 0
         assert steps[step]["reward/errors"] == steps[step]["reward/timeouts"] == 0
     assert steps[STEPS]["loss/kl"] > 1e-5, "the policy must have moved away from the reference"
+    assert not [name for name in steps[STEPS] if name.startswith("drafter/")], "no run pays for a drafter unasked"
 
 
 def test_run_leaves_config_report_plots_and_wandb_file(whole: Path):

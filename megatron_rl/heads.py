@@ -1,0 +1,58 @@
+"""The head that a run starts with: read from a folder, or new."""
+
+import torch
+
+from drafter.checkpoint import load_head
+from drafter.head import EagleHead, HeadConfig
+from drafter.packed import PolicyWeights
+from drafter.vocabulary import DraftVocabulary
+from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.layout import read_hf_config
+
+
+def initial_head(config: Config, policy: PolicyWeights, vocabulary: DraftVocabulary | None = None) -> EagleHead:
+    """The head of `drafter.path`, else a new one with random weights drawn from `train.seed`; the same on all ranks.
+
+    Args:
+        config: the experiment; `model.path` says how wide the policy is.
+        policy: a new eagle3 head starts from its output layer, and any head computes on its device.
+        vocabulary: what a new head can propose; None: all tokens.
+
+    Returns:
+        a float32 head.
+
+    Raises:
+        ConfigError: when the folder cannot be used, or does not fit the policy or the experiment.
+    """
+    hf = read_hf_config(config.model.path)
+    settings = config.drafter
+    if settings.path is not None:
+        head = load_head(settings.path, hf["num_hidden_layers"])
+        _check(config, head.config, hf)
+    else:
+        if settings.draft_vocab is not None and vocabulary is None:
+            raise ConfigError(
+                "drafter.draft_vocab needs to know which tokens rollouts use: make the head with `megatron-rl drafter "
+                "warmup` and give its folder as drafter.path, or leave draft_vocab out."
+            )
+        size = len(vocabulary.token_ids) if vocabulary is not None else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            head = EagleHead(HeadConfig.for_policy(hf, settings.kind, size), vocabulary)
+        if settings.kind == "eagle3":
+            head.copy_policy_head(policy.lm_head.cpu())
+    return head.float().to(policy.embedding.device)
+
+
+def _check(config: Config, head: HeadConfig, hf: dict[str, int]) -> None:
+    path, settings = config.drafter.path, config.drafter
+    found = {"kind": head.kind, "hidden_size": head.hidden_size, "vocab_size": head.vocab_size}
+    wanted = {"kind": settings.kind, "hidden_size": hf["hidden_size"], "vocab_size": hf["vocab_size"]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ConfigError(
+                f"drafter.path={path!r} holds a head with {name} {found[name]}, but the experiment needs {value}."
+            )
+    layers = hf["num_hidden_layers"]
+    if any(layer > layers for layer in head.aux_layers):
+        raise ConfigError(f"drafter.path={path!r} reads depth {head.aux_layers[-1]} of a policy with {layers} layers.")

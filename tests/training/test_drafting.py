@@ -1,0 +1,121 @@
+"""The drafter beside real updates on two pipeline stages: the same bits after a resume, idle time used, versions."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl.coordination import Coordinator
+from megatron_rl.drafting import live_metrics
+from megatron_rl.tails import TailFiller
+from tests.launching import run_workers
+from tests.training.models import make_models
+
+WORKER = "tests.training.drafting_worker"
+STEPS, SAVE_AT = 4, 2
+
+
+def load(folder: Path) -> list[dict]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A run of four steps that saved after two, with its `whole` results."""
+    root = tmp_path_factory.mktemp("drafting")
+    make_models(root)
+    run_workers(WORKER, 2, root / "qwen3", root / "run", STEPS, SAVE_AT, root / "whole")
+    return root
+
+
+def test_a_resumed_run_ends_with_the_same_bits(root: Path):
+    run_workers(WORKER, 2, root / "qwen3", root / "run", STEPS, 0, root / "resumed")
+    whole, resumed = load(root / "whole")[0]["exact"], load(root / "resumed")[0]["exact"]
+    for kind in ("head", "live"):
+        for name, value in whole[kind].items():
+            assert torch.equal(value, resumed[kind][name]), f"{kind} {name}"
+    assert resumed["metrics"] == whole["metrics"][SAVE_AT:]
+    assert resumed["pushed"][0][0] == whole["metrics"][SAVE_AT - 1]["drafter/version"], "engines get the live head"
+
+
+def test_ranks_hold_the_same_head_and_the_engines_the_best_one(root: Path):
+    for kind in ("exact", "filled"):
+        driver, other = (rank[kind] for rank in load(root / "whole"))
+        for name, value in driver["head"].items():
+            assert torch.equal(value, other["head"][name]), name
+        versions = [version for version, _ in driver["pushed"]]
+        assert versions == list(range(len(versions))) and len(versions) > 1, "the head learns, so it is published"
+        last = driver["pushed"][-1][1]
+        assert all(torch.equal(last[name], value) for name, value in driver["live"].items())
+        assert other["pushed"] == [] and other["metrics"] == [{}] * len(other["metrics"])
+
+
+def test_metrics_of_a_step(root: Path):
+    metrics = load(root / "whole")[0]["exact"]["metrics"]
+    for step, values in enumerate(metrics, start=1):
+        assert values["drafter/slices"] == 6, "three on each rank"
+        assert math.isfinite(values["drafter/loss"]) and values["drafter/grad_norm"] > 0
+        assert 1 <= values["drafter/heldout_length"] <= 4
+        assert 0 <= values["drafter/accepted_1"] <= 1
+        assert 0 <= values["drafter/age"] < step + 1
+
+
+def test_idle_time_is_used_except_in_the_steps_left_out_to_compare(root: Path):
+    metrics = load(root / "whole")[0]["filled"]["metrics"]
+    tails = [values["drafter/tail_filled_s"] for values in metrics]
+    slices = [values["drafter/slices"] for values in metrics]
+    assert tails[0] == 0, "nothing to learn from yet"
+    assert all(seconds > 0 for seconds in tails[1:5]) and tails[5] == 0, "the sixth step is left unfilled"
+    assert all(count > 0 for count in slices[1:5]) and slices[0] == slices[5] == 0
+    # Bubbles of so small a model may have no room for a slice; that slices run in them is shown with the communicator.
+    assert all(values["drafter/bubble_available_s"] > 0 for values in metrics)
+    for values in metrics:
+        assert values["drafter/bubble_filled_s"] <= values["drafter/bubble_available_s"] + 1e-6
+        assert values["drafter/tail_filled_s"] <= values["drafter/tail_available_s"] + 1e-6
+
+
+def test_hardly_accepted_drafts_raise_an_alarm(caplog):
+    chosen = "speculation/steps/batch_8/eagle:4"
+    assert live_metrics({}, 3) == {}
+    assert live_metrics({"speculation/tokens_per_verification": 1.01, chosen: 0.0}, 3)["drafter/live_length"] == 1.01
+    assert live_metrics({"speculation/tokens_per_verification": 1.9, chosen: 5.0}, 3)["drafter/live_length"] == 1.9
+    assert not caplog.records
+    live_metrics({"speculation/tokens_per_verification": 1.01, chosen: 5.0}, 3)
+    assert "1.01 tokens per verification with version 3" in caplog.text
+
+
+class FakeFill:
+    """Waits without a thread; notes what it was asked to fill."""
+
+    def __init__(self) -> None:
+        self.runner = SimpleNamespace(clock=lambda: 0.0)
+        self.waits = 0
+
+    def during(self, operation, expected):
+        self.waits += 1
+        return operation(), 0.0, SimpleNamespace(seconds=lambda start, end: 0.0)
+
+
+def tail_of(begins_at: float) -> tuple[TailFiller, FakeFill]:
+    fill = FakeFill()
+    coordinator = Coordinator(SimpleNamespace(is_driver=True))
+    coordinator._exchange = lambda message: message
+    coordinator._driving = True
+    return TailFiller(fill, coordinator, begins_at), fill
+
+
+@pytest.mark.parametrize(("begins_at", "waits"), [(0.0, 8), (0.75, 2), (1.0, 0)])
+def test_a_tail_begins_when_most_rollouts_are_done(begins_at: float, waits: int):
+    tail, fill = tail_of(begins_at)
+    assert list(tail.watch(iter(range(1, 9)), 8)) == list(range(1, 9))
+    assert fill.waits == waits
+    tail.enabled = False
+    assert list(tail.watch(iter(range(1, 9)), 8)) == list(range(1, 9))
+    assert fill.waits == waits
+
+
+def test_an_iterator_that_ends_early_ends_the_tail():
+    tail, _ = tail_of(0.0)
+    assert list(tail.watch(iter([1, 2]), 8)) == [1, 2]
