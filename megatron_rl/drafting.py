@@ -185,7 +185,7 @@ class Drafting:
         """The one place where a head goes to the engines."""
         if self._fleet is not None:
             tensors = {name: value.detach().cpu() for name, value in head_tensors(self.live.head).items()}
-            self._fleet.update_drafter(tensors, self.live.version)  # type: ignore[attr-defined]
+            self._fleet.update_drafter(tensors, self.live.version)
 
     def _follow_guard(self) -> None:
         fills = self.guard.fill_next()

@@ -18,7 +18,7 @@ from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy, trains_a_drafter
 from megatron_rl.generation import Generator
-from megatron_rl.heads import initial_head
+from megatron_rl.heads import folder_for_engines, initial_head
 from megatron_rl.metrics import MetricsLogger
 from megatron_rl.models.weights import export_hf
 from megatron_rl.report import write_report
@@ -79,6 +79,7 @@ class Experiment:
                 config.model.path,
                 on_restart=lambda engine: self.weight_sync.restore(engine),
                 wait=False,
+                drafter_path=folder_for_engines(config) if trains_a_drafter(config) else None,
             )
         model = (start.arch, start.vocab_limit, config.rollout.temperature)
         self.trainer = Trainer(config, runtime, *model)

@@ -1,8 +1,10 @@
 """The head that a run starts with: read from a folder, or new."""
 
+from pathlib import Path
+
 import torch
 
-from drafter.checkpoint import load_head
+from drafter.checkpoint import load_head, save_head
 from drafter.head import EagleHead, HeadConfig
 from drafter.packed import PolicyWeights
 from drafter.vocabulary import DraftVocabulary
@@ -24,24 +26,50 @@ def initial_head(config: Config, policy: PolicyWeights, vocabulary: DraftVocabul
     Raises:
         ConfigError: when the folder cannot be used, or does not fit the policy or the experiment.
     """
-    hf = read_hf_config(config.model.path)
-    settings = config.drafter
-    if settings.path is not None:
-        head = load_head(settings.path, hf["num_hidden_layers"])
-        _check(config, head.config, hf)
+    if config.drafter.path is not None:
+        head = _given_head(config)
     else:
-        if settings.draft_vocab is not None and vocabulary is None:
-            raise ConfigError(
-                "drafter.draft_vocab needs to know which tokens rollouts use: make the head with `megatron-rl drafter "
-                "warmup` and give its folder as drafter.path, or leave draft_vocab out."
-            )
-        size = len(vocabulary.token_ids) if vocabulary is not None else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            head = EagleHead(HeadConfig.for_policy(hf, settings.kind, size), vocabulary)
-        if settings.kind == "eagle3":
+        head = _new_head(config, vocabulary)
+        if config.drafter.kind == "eagle3":
             head.copy_policy_head(policy.lm_head.cpu())
     return head.float().to(policy.embedding.device)
+
+
+def folder_for_engines(config: Config) -> str:
+    """The folder of the head that the engines start with: `drafter.path`, or one written to `run_dir/drafter`.
+
+    A new head lacks the policy's output layer there; `initial_head` has it, and is pushed before the first rollout.
+
+    Raises:
+        ConfigError: see `initial_head`.
+    """
+    if config.drafter.path is not None:
+        _given_head(config)
+        return config.drafter.path
+    folder = Path(config.run_dir) / "drafter"
+    save_head(_new_head(config, None), folder)
+    return str(folder)
+
+
+def _given_head(config: Config) -> EagleHead:
+    assert config.drafter.path is not None
+    hf = read_hf_config(config.model.path)
+    head = load_head(config.drafter.path, hf["num_hidden_layers"])
+    _check(config, head.config, hf)
+    return head
+
+
+def _new_head(config: Config, vocabulary: DraftVocabulary | None) -> EagleHead:
+    settings = config.drafter
+    if settings.draft_vocab is not None and vocabulary is None:
+        raise ConfigError(
+            "drafter.draft_vocab needs to know which tokens rollouts use: make the head with `megatron-rl drafter "
+            "warmup` and give its folder as drafter.path, or leave draft_vocab out."
+        )
+    size = len(vocabulary.token_ids) if vocabulary is not None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return EagleHead(HeadConfig.for_policy(read_hf_config(config.model.path), settings.kind, size), vocabulary)
 
 
 def _check(config: Config, head: HeadConfig, hf: dict[str, int]) -> None:
