@@ -72,7 +72,6 @@ class DraftTrainer:
         self._loss, self._options = loss, options
         self._parameters = list(head.parameters())
         self.reset_optimizer()
-        self._sums = torch.zeros(0)
         self._clear()
 
     def reset_optimizer(self) -> None:
@@ -125,13 +124,9 @@ class DraftTrainer:
         return report
 
     def _flat_gradient(self) -> Tensor:
-        # Ranks that ran nothing take part with zeros. float32: the sum over ranks is to be the same for all of them.
-        return torch.cat(
-            [
-                (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float()
-                for p in self._parameters
-            ]
-        )  # fmt: skip
+        # Ranks that ran nothing take part with zeros.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        return torch.cat([gradient.reshape(-1).float() for gradient in gradients])
 
     def _step(self, gradient: Tensor, norm: float) -> None:
         options = self._options

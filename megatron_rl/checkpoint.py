@@ -152,7 +152,7 @@ def write_model_folder(
     with new_model_folder(folder, template) as draft:
         (draft / "megatron").mkdir(exist_ok=True)
         dist_checkpointing.save(contents, str(draft / "megatron"))
-        if torch.distributed.get_rank() == 0:
+        if (driver or tensors) and torch.distributed.get_rank() == 0:
             (draft / "driver").mkdir()
             for name, value in (driver or {}).items():
                 (draft / "driver" / f"{name}.json").write_text(json.dumps(value))

@@ -119,14 +119,13 @@ def test_a_resumed_training_ends_with_the_same_bits():
 
 
 def test_ranks_with_unequal_numbers_of_slices_take_the_step_of_one_batch(tmp_path: Path):
-    run_workers("tests.drafter.flush_worker", 3, tmp_path)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
-    assert [rank["slices"] for rank in ranks] == [3, 3, 3] and ranks[0]["own"] == 0
+    run_workers("tests.drafter.flush_worker", 2, tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [rank["slices"] for rank in ranks] == [2, 2] and ranks[0]["own"] == 0
     alone = make_trainer(new_head())
-    for seed in range(3):
+    for seed in range(2):
         alone.learn(random_row(CONFIG, [9 + seed], seed=seed))
     alone.flush()
     for name, value in alone.head.state_dict().items():
         assert torch.equal(ranks[0]["head"][name], ranks[1]["head"][name])
-        assert torch.equal(ranks[0]["head"][name], ranks[2]["head"][name])
         torch.testing.assert_close(ranks[0]["head"][name], value, atol=1e-5, rtol=1e-4)

@@ -1,8 +1,8 @@
-"""Updates a tiny model for some steps with a drafter beside it, from a checkpoint when there is one.
+"""Updates a tiny model for some steps with a drafter beside it.
 
 drafting_worker MODEL RUN_DIR STEPS SAVE_AT OUTPUT
 
-Afterwards, when SAVE_AT is given, the same with idle time filled instead.
+Runs all steps, resumes from the checkpoint of SAVE_AT and runs the rest again, and runs others with idle time filled.
 """
 
 import sys
@@ -85,9 +85,11 @@ def main() -> None:
     steps, save_at = int(sys.argv[3]), int(sys.argv[4])
     exact = settings(model, fill=[], min_slices=3)
     runtime = device.initialize(exact)
-    results = {"exact": run_steps(exact, runtime, run_dir, steps, save_at)}
-    if save_at:
-        results["filled"] = run_steps(settings(model), runtime, run_dir + "-none", 6, 0)
+    results = {
+        "exact": run_steps(exact, runtime, run_dir, steps, save_at),
+        "resumed": run_steps(exact, runtime, run_dir, steps, 0),
+        "filled": run_steps(settings(model), runtime, run_dir + "-none", 6, 0),
+    }
     output.mkdir(exist_ok=True)
     torch.save(results, output / f"rank{runtime.rank}.pt")
     device.shutdown()
