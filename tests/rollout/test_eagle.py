@@ -126,7 +126,7 @@ def test_switching_drafters_and_heads_in_mid_run_does_not_change_the_tokens(
     by_key = {(r.prompt_id, r.sample_index): r for r in rollouts}
     assert_same([by_key[r.prompt_id, r.sample_index] for r in requests], expected)
     assert happened["preempted"] > 0 and happened["caught up"] > 0
-    assert counts.drafted_by["eagle"] > 500 and counts.drafted_by["ngram"] > 100
+    assert counts.drafted_by["eagle"] > 200 and counts.drafted_by["ngram"] > 100
     assert counts.accepted_by["eagle"] == counts.accepted_at.total() > 0
     assert counts.accepted_by.total() == counts.accepted and counts.drafted_by.total() == counts.drafted
     assert 0 < counts.tried_at[1] <= counts.accepted_at[0] < counts.tried_at[0]
