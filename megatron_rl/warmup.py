@@ -104,7 +104,7 @@ def _train(
             best_length = scored.expected_length
         chances = " ".join(f"{chance:.2f}" for chance in scored.per_position.tolist())
         console.info(
-            f"update {update}/{options.updates}  loss {loss:.3f}  "
+            f"update {update}/{options.updates}  loss {f'{loss:.3f}' if update else '-'}  "
             f"held-out length {scored.expected_length:.3f} of {settings.unroll + 1} (accepted {chances})"
         )
     return best.head
