@@ -276,8 +276,9 @@ class Drafter(Section):
     """Folder of a trained head in vLLM's format (see `megatron-rl drafter warmup`); null: start from random weights."""
     draft_vocab: PositiveInt | None = None
     """Most frequent tokens that a new eagle3 head can propose; null: the whole vocabulary."""
-    fill: list[Literal["bubbles", "tails"]] = ["bubbles", "tails"]
-    """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step."""
+    fill: list[Literal["bubbles", "tails"]] = ["bubbles"]
+    """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step. That wait is
+    idle only where the engines have devices or cores of their own."""
     min_slices: int = Field(0, ge=0)
     """Slices of training that every step runs, after its update if idle time had no room for them. With 0 and an empty
     `fill` the head stays as it is."""

@@ -88,7 +88,7 @@ def main() -> None:
     results = {
         "exact": run_steps(exact, runtime, run_dir, steps, save_at),
         "resumed": run_steps(exact, runtime, run_dir, steps, 0),
-        "filled": run_steps(settings(model), runtime, run_dir + "-none", 6, 0),
+        "filled": run_steps(settings(model, fill=["bubbles", "tails"]), runtime, run_dir + "-none", 6, 0),
     }
     output.mkdir(exist_ok=True)
     torch.save(results, output / f"rank{runtime.rank}.pt")
