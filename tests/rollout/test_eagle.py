@@ -189,6 +189,7 @@ def test_wrong_drafts_are_soon_given_up_and_the_head_rests(engines: dict[str, An
     assert len(proposals) < len(drafting) + 4 * LINGER < len(arms) / 2, "the rest of the time the head does not run"
 
 
+@pytest.mark.slow
 def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
     other_model: Path, trained: EagleHead, expected: list[Rollout], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def warm_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=200)
 
 
+@pytest.mark.slow
 def test_it_lifts_the_held_out_length_and_writes_a_head(folder: Path):
     done = warm_up(folder, "--rollouts", str(folder / "rollouts.jsonl"), "--updates", "60")
     assert done.returncode == 0, done.stdout + done.stderr
