@@ -277,7 +277,7 @@ class Drafter(Section):
     draft_vocab: PositiveInt | None = None
     """Most frequent tokens that a new eagle3 head can propose; null: the whole vocabulary."""
     fill: list[Literal["bubbles", "tails"]] = ["bubbles"]
-    """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step. That wait is
+    """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step, which is
     idle only where the engines have devices or cores of their own."""
     min_slices: int = Field(0, ge=0)
     """Slices of training that every step runs, after its update if idle time had no room for them. With 0 and an empty

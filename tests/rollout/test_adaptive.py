@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 
 from megatron_rl.config import ConfigError
+from rollout.acceptance import Acceptance
 from rollout.adaptive import (
     PLAIN,
     TRIALS,
-    Acceptance,
     Arm,
     BegController,
     Controller,
