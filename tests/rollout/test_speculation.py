@@ -60,10 +60,13 @@ def test_speculation_on_and_off_emit_the_same_tokens(
 ) -> None:
     adaptive, _, k = rule.partition(":")
     ray.get(engines["drafting"].set_speculation.remote(adaptive, int(k)))
+    ray.get(engines["drafting"].take_speculation_counts.remote())
     rollouts = generate(engines["drafting"], group_requests())
     assert_same(rollouts, expected)
     drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
-    assert drafts > (100 if adaptive == "static" else 0)  # what the others choose depends on the machine
+    assert adaptive != "static" or drafts > 100
+    # How much the others draft depends on the machine, but all try.
+    assert ray.get(engines["drafting"].take_speculation_counts.remote()).drafted > 0
 
 
 def test_switching_in_mid_run_does_not_change_the_tokens(engines: dict[str, Any], expected: list[Rollout]) -> None:
