@@ -46,11 +46,6 @@ TAIL_BEGINS_AT = 0.75
 NEAR_ONE = 1.05
 
 
-def trains_a_drafter(config: Config) -> bool:
-    """Whether the run has a head to train or to serve."""
-    return "eagle" in config.rollout.speculation.drafters and config.rollout.speculation.adaptive != "off"
-
-
 def frozen_policy(weights: policy_weights.PolicyWeights) -> PolicyWeights:
     """A copy of the policy's embedding and output layer, on every rank; a collective operation of the replica."""
     full = dict(weights.full({"model.embed_tokens.weight", "lm_head.weight"}))

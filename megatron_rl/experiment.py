@@ -16,7 +16,7 @@ from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
-from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy, trains_a_drafter
+from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation import Generator
 from megatron_rl.heads import folder_for_engines, initial_head
 from megatron_rl.metrics import MetricsLogger
@@ -79,7 +79,7 @@ class Experiment:
                 config.model.path,
                 on_restart=lambda engine: self.weight_sync.restore(engine),
                 wait=False,
-                drafter_path=folder_for_engines(config) if trains_a_drafter(config) else None,
+                drafter_path=folder_for_engines(config) if config.rollout.speculation.uses_head else None,
             )
         model = (start.arch, start.vocab_limit, config.rollout.temperature)
         self.trainer = Trainer(config, runtime, *model)
@@ -98,7 +98,7 @@ class Experiment:
             config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
         )
         self.weight_sync.sync(start.resumed)
-        self.drafting = self._build_drafting(start.resumed) if trains_a_drafter(config) else None
+        self.drafting = self._build_drafting(start.resumed) if config.rollout.speculation.uses_head else None
 
     def _build_drafting(self, resumed: int) -> Drafting:
         head = initial_head(self.config, frozen_policy(self.trainer.weights))

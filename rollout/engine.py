@@ -172,7 +172,7 @@ class RolloutEngine:
         self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
         self._stop_ids = self._eos_token_ids()
         if self._speculates and EAGLE not in self._arguments["additional_config"][SPECULATION_KEY]["drafters"]:
-            # The scheduler drafts; asking the worker after every step whether it did takes 1 % of a small model's step.
+            # The scheduler drafts: the worker need not be asked after every step whether it did.
             self._llm.engine_core.engine_core.check_for_draft_tokens = False
         max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         return max_requests

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_rl.config import Config, ConfigError
 from rollout import plugin
-from rollout.adaptive import EAGLE
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_segment import HeadSegment
@@ -282,8 +281,7 @@ class RolloutFleet:
 
 
 def _head_segment(config: Config, arguments: dict[str, Any]) -> HeadSegment | None:
-    speculation = config.rollout.speculation
-    if speculation.adaptive == "off" or EAGLE not in speculation.drafters:
+    if not config.rollout.speculation.uses_head:
         return None
     name = segment_name(str(Path(config.run_dir).resolve())) + "-head"
     return HeadSegment(name, arguments["speculative_config"]["model"])

@@ -227,6 +227,11 @@ class Speculation(Section):
     memory_mb: PositiveInt = 256
     """Memory of the n-gram counts per engine, in MiB; the oldest are forgotten."""
 
+    @property
+    def uses_head(self) -> bool:
+        """Whether engines draft with the head of section `drafter`."""
+        return self.adaptive != "off" and "eagle" in self.drafters
+
     @field_validator("adaptive", mode="before")
     @classmethod
     def _off_is_no_boolean(cls, value: Any) -> Any:

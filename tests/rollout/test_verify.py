@@ -12,6 +12,7 @@ from rollout import verify
 from rollout.native import load_operators
 from rollout.noise import coupled_sample
 from rollout.verify import Verified, raise_for_status, verify_tokens, verify_tokens_reference
+from tests.capabilities import CAPABILITY, available
 from tests.rollout.verify_cases import (
     MIXED_DRAFTS,
     Call,
@@ -21,21 +22,8 @@ from tests.rollout.verify_cases import (
     single_rows,
 )
 
-CAPABILITY = "MEGATRON_RL_CPU_CAPABILITY"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def available(capability: str) -> bool:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CAPABILITY, capability)
-        try:
-            verify_tokens(**single_rows(torch.zeros(1, 1)))
-        except ValueError:
-            return False
-    return True
-
-
-CAPABILITIES = [name for name in ("avx512", "avx2", "portable") if available(name)]
+CAPABILITIES = available(lambda: verify_tokens(**single_rows(torch.zeros(1, 1))))
 
 
 @pytest.fixture(params=CAPABILITIES)

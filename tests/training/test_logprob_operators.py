@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_rl import logprobs as module
 from megatron_rl.logprobs import gradient_in_torch, relative_to, sums_in_torch, token_logprobs
 from rollout.native import load_operators
+from tests.capabilities import CAPABILITY, available
 
-CAPABILITY = "MEGATRON_RL_CPU_CAPABILITY"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UPSTREAM = [(True, False), (False, True), (True, True), (False, False)]
 OPERATORS = torch.ops.megatron_rl
@@ -27,16 +27,9 @@ def using(capability: str) -> Iterator[None]:
         yield
 
 
-def available(capability: str) -> bool:
-    with using(capability):
-        try:
-            OPERATORS.token_logprob_sums(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0, 1)
-        except ValueError:
-            return False
-    return True
-
-
-CAPABILITIES = [name for name in ("avx512", "avx2", "portable") if available(name)]
+CAPABILITIES = available(
+    lambda: OPERATORS.token_logprob_sums(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0, 1)
+)
 
 
 @pytest.fixture(params=CAPABILITIES)
