@@ -72,7 +72,7 @@ def main() -> None:
     turns = compare(
         bench,
         variants,
-        lambda number: bench.requests(REQUESTS, number, lengths, SAMPLES, ignore_eos=True),
+        lambda number: bench.requests(number, lengths, SAMPLES),
         repetitions=2 if arguments.quick else 7,
         first_round=0,
         warmups=3,

@@ -9,14 +9,14 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
 from megatron_rl import device
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import read_hf_config
-from megatron_rl.data.prompts import load_prompts
+from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.results import publish
 from megatron_rl.start import load_tokenizer
 from rollout.adaptive import make_arms
@@ -39,6 +39,70 @@ class Turn:
     verify_share: float
 
 
+def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
+    """A fleet for `take_turn`, which reads the weights of `model.path` itself.
+
+    Raises:
+        ConfigError: when the model cannot be used.
+    """
+    vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # type: ignore[call-overload]
+    vocab_limit = min(len(load_tokenizer(config.model.path)), vocab_size)
+    environment = device.engine_environment(config, vocab_limit)
+    environment = dataclasses.replace(
+        environment,
+        env=environment.env | {"MEGATRON_RL_PROFILE": "1"},
+        vllm=environment.vllm | {"load_format": "auto"},
+    )
+    return RolloutFleet(config, environment, config.model.path, lambda engine: None, wait=wait)
+
+
+def take_turn(
+    fleet: RolloutFleet, variant: str, most: int, requests: list[RolloutRequest], concurrency: int | None = None
+) -> Turn:
+    """Let the fleet's first engine generate, `plain` or by the rule `static`, `beg` or `model`.
+
+    A rule uses at most `most` drafts of all the engine's drafters; `RULE:DRAFTER:K` those of one, and its own number.
+
+    With `concurrency` so many requests are live at a time, and only that time counts: what drafts do at the end, when
+    some requests have run ahead of others, belongs to smaller batch sizes.
+    """
+    if variant != PLAIN:
+        rule, *arm = variant.split(":")
+        ray.get(fleet.call(0, "set_speculation", rule, int(arm[1]) if arm else most, arm[:1] or None))
+    ray.get(fleet.call(0, "take_verify_seconds"))
+    timed: TimedGeneration = ray.get(fleet.call(0, "generate_timed", requests, concurrency))
+    counts = fleet.take_speculation_counts()
+    verify_seconds = ray.get(fleet.call(0, "take_verify_seconds"))
+    tokens, seconds = sum(len(rollout.token_ids) for rollout in timed.rollouts), timed.seconds
+    if concurrency is not None:
+        tokens, seconds = timed.full_tokens, timed.full_seconds
+    return Turn(tokens, seconds, timed.rollouts, counts[0] if counts else None, verify_seconds / timed.seconds)
+
+
+def make_requests(
+    prompts: Sequence[Prompt],
+    round_number: int,
+    lengths: Sequence[int],
+    config: Config,
+    samples: int,
+    ignore_eos: bool,
+) -> list[RolloutRequest]:
+    """A request of each length, `samples` of each prompt; other prompts and seeds in every round."""
+    return [
+        RolloutRequest(
+            prompt_id=f"{round_number}/{number // samples}",
+            sample_index=number % samples,
+            epoch=0,
+            seed=(round_number << 20) + number,
+            prompt_ids=prompts[(round_number * 8191 + number // samples) % len(prompts)].token_ids,
+            max_tokens=length,
+            temperature=config.rollout.temperature,
+            ignore_eos=ignore_eos,
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
 class SpeculationBench:
     """The two engines, and turns on them."""
 
@@ -53,62 +117,21 @@ class SpeculationBench:
                 "rollout.speculation.adaptive=off leaves nothing to compare; choose static, beg or model."
             )
         self.config = config
-        hf_config = read_hf_config(config.model.path)
-        tokenizer = load_tokenizer(config.model.path)
-        self._prompts = load_prompts(config.data.train, config.data, tokenizer, config.data.split, heldout=False)
-        vocab_limit = min(len(tokenizer), int(hf_config["vocab_size"]))  # type: ignore[call-overload]
-        environment = device.engine_environment(config, vocab_limit)
-        environment = dataclasses.replace(
-            environment,
-            env=environment.env | {"MEGATRON_RL_PROFILE": "1"},
-            vllm=environment.vllm | {"load_format": "auto"},
+        self._prompts = load_prompts(
+            config.data.train, config.data, load_tokenizer(config.model.path), config.data.split, heldout=False
         )
         off = {"speculation": config.rollout.speculation.model_copy(update={"adaptive": "off"})}
-        plain = config.model_copy(update={"rollout": config.rollout.model_copy(update=off)})
-        self._plain = RolloutFleet(plain, environment, config.model.path, lambda engine: None)
-        self.drafting = RolloutFleet(config, environment, config.model.path, lambda engine: None)
+        self._plain = start_engine(config.model_copy(update={"rollout": config.rollout.model_copy(update=off)}))
+        self.drafting = start_engine(config)
 
-    def requests(
-        self, batch: int, round_number: int, lengths: Sequence[int], samples: int, ignore_eos: bool
-    ) -> list[RolloutRequest]:
-        """`batch` requests, `samples` of each prompt; other prompts and seeds in every round."""
-        chosen = []
-        for number in range(batch):
-            prompt = self._prompts[(round_number * 8191 + number // samples) % len(self._prompts)]
-            chosen.append(
-                RolloutRequest(
-                    prompt_id=f"{round_number}/{number // samples}",
-                    sample_index=number % samples,
-                    epoch=0,
-                    seed=(round_number << 20) + number,
-                    prompt_ids=prompt.token_ids,
-                    max_tokens=lengths[number],
-                    temperature=self.config.rollout.temperature,
-                    ignore_eos=ignore_eos,
-                )
-            )
-        return chosen
+    def requests(self, round_number: int, lengths: Sequence[int], samples: int) -> list[RolloutRequest]:
+        """Requests for responses of exactly these lengths; see `make_requests`."""
+        return make_requests(self._prompts, round_number, lengths, self.config, samples, ignore_eos=True)
 
     def turn(self, variant: str, requests: list[RolloutRequest], concurrency: int | None = None) -> Turn:
-        """Let one variant generate: `plain`, the adaptive rule of the config by its name, or `static:DRAFTER:K`.
-
-        With `concurrency` so many requests are live at a time, and only that time counts: what drafts do at the end,
-        when some requests have run ahead of others, belongs to smaller batch sizes.
-        """
-        fleet = self._plain if variant == PLAIN else self.drafting
-        if variant != PLAIN:
-            rule, *arm = variant.split(":")
-            most = int(arm[1]) if arm else self.config.rollout.speculation.max_draft_tokens
-            ray.get(fleet.call(0, "set_speculation", rule, most, arm[:1] or None))
-        ray.get(fleet.call(0, "take_verify_seconds"))
-        timed: TimedGeneration = ray.get(fleet.call(0, "generate_timed", requests, concurrency))
-        counts = fleet.take_speculation_counts()
-        verify_seconds = ray.get(fleet.call(0, "take_verify_seconds"))
-        tokens, seconds = sum(len(rollout.token_ids) for rollout in timed.rollouts), timed.seconds
-        if concurrency is not None:
-            tokens, seconds = timed.full_tokens, timed.full_seconds
-        verify_share = verify_seconds / timed.seconds
-        return Turn(tokens, seconds, timed.rollouts, counts[0] if counts else None, verify_share)
+        """Let one variant generate; see `take_turn`."""
+        most = self.config.rollout.speculation.max_draft_tokens
+        return take_turn(self._plain if variant == PLAIN else self.drafting, variant, most, requests, concurrency)
 
     def close(self) -> None:
         """Stop the engines."""
@@ -116,10 +139,18 @@ class SpeculationBench:
         self._plain.shutdown()
 
 
+class Contestants(Protocol):
+    """Whoever generates for `compare`."""
+
+    def turn(self, variant: str, requests: list[RolloutRequest], concurrency: int | None) -> Turn:
+        """One variant's measurement on these requests."""
+        ...
+
+
 def compare(
-    bench: SpeculationBench,
+    bench: Contestants,
     variants: Sequence[str],
-    make_requests: Callable[[int], list[RolloutRequest]],
+    requests_of: Callable[[int], list[RolloutRequest]],
     repetitions: int,
     first_round: int,
     warmups: int = 1,
@@ -128,7 +159,7 @@ def compare(
     """Interleaved turns of all variants on the same requests; the first `warmups` rounds are not kept."""
     turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
     for repetition in range(-warmups, repetitions):
-        requests = make_requests(first_round + repetition + warmups)
+        requests = requests_of(first_round + repetition + warmups)
         for variant in variants:
             turn = bench.turn(variant, requests, concurrency)
             if repetition >= 0:
@@ -175,7 +206,7 @@ def bench_speculative(
     for place, batch in enumerate(batches):
 
         def make(number: int, count: int = batch * WAVES) -> list[RolloutRequest]:
-            return bench.requests(count, number, uneven_lengths(count, tokens), samples, ignore_eos=True)
+            return bench.requests(number, uneven_lengths(count, tokens), samples)
 
         # A rule that learns needs to have seen the batch size; so does the plain engine's allocator.
         turns = compare(bench, variants, make, repetitions, first_round=place * 1000, concurrency=batch)

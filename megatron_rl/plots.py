@@ -172,6 +172,15 @@ def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -
         axes.legend(loc="best", title="choice", markerscale=2.5)
 
 
+def acceptance_over_steps(steps: list[int], lengths: dict[str, list[float]], file: Path) -> None:
+    """Tokens per verification over training steps, a line per drafter."""
+    with _figure(file, "training step", "tokens per verification") as axes:
+        for (name, values), color in zip(lengths.items(), _cycle(), strict=False):
+            axes.plot(steps, values, color=color, linewidth=1.8, marker="o", label=name)
+        axes.set_ylim(bottom=1)
+        axes.legend(loc="best")
+
+
 def bubble_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
     """One step, a bar per pipeline rank; by kind of span, (rank, start in s, length in s), see `drafter.timeline`."""
     ranks = sorted({rank for spans in kinds.values() for rank, _, _ in spans})
