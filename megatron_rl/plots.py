@@ -36,8 +36,9 @@ SPAN_COLOURS = {
     "forward + backward": "#5b9bd5",
     "communication": RED,
     "bubble, filled": GREEN,
-    "bubble, empty": "#e4e6ea",
-    "tail": ORANGE,
+    "bubble, empty": "#dcdfe4",
+    "tail, filled": ORANGE,
+    "tail, empty": "#f6dfbd",
 }
 STYLE: Any = {
     "font.size": 10,
@@ -158,6 +159,47 @@ def speculation(records: Records, file: Path) -> bool:
     return True
 
 
+def drafter(records: Records, file: Path) -> bool:
+    """Tokens per verification of the head: expected on held-out rollouts, in training, and as the engines had it."""
+    steps, heldout = series(records, "drafter/heldout_length")
+    if not steps:
+        return False
+    with _figure(file, "training step", "tokens per verification") as axes:
+        for name, label, color, width in (
+            ("trained_length", "trained head, held out", "#9cc3e6", 1.4),
+            ("heldout_length", "engines' head, held out", BLUE, 1.8),
+            ("live_length", "engines, live", ORANGE, 1.4),
+        ):
+            at, values = series(records, f"drafter/{name}")
+            if at:
+                axes.plot(at, values, color=color, linewidth=width, marker=_marker(at), markersize=4, label=label)
+        published = set(publications(records))
+        marks = [(step, value) for step, value in zip(steps, heldout, strict=True) if step in published]
+        if marks:
+            axes.scatter(*zip(*marks, strict=True), s=40, marker="^", color=BLUE, zorder=3, label="published")
+        axes.set_ylim(bottom=1)
+        axes.legend(loc="best")
+    return True
+
+
+def idle_time(records: Records, file: Path) -> bool:
+    """Idle seconds per step, stacked: of bubbles and of tails, what was filled and what stayed empty."""
+    idle = idle_seconds(records)
+    if not idle:
+        return False
+    steps = [record["step"] for record in records if record["step"] > 0]
+    with _figure(file, "training step", "idle time [s]") as axes:
+        bars = {f"{name}, filled": filled for name, (_, filled) in idle.items()}
+        for name, (available, filled) in idle.items():
+            bars[f"{name}, empty"] = [max(whole - part, 0.0) for whole, part in zip(available, filled, strict=True)]
+        bottom = [0.0] * len(steps)
+        for kind, seconds in bars.items():
+            axes.bar(steps, seconds, bottom=bottom, width=0.9, color=SPAN_COLOURS[kind], label=kind)
+            bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    return True
+
+
 def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -> None:
     """Live requests over time, coloured by the chosen arm; `steps` are (start in s, live requests, arm, emitted)."""
     with _figure(file, "seconds", "live requests") as axes:
@@ -212,6 +254,23 @@ def phase_seconds(records: Records) -> dict[str, list[float]]:
     if any(other):
         phases[OTHER[0]] = other
     return phases
+
+
+def publications(records: Records) -> list[float]:
+    """Steps after which the engines had a new version of the head."""
+    steps, versions = series(records, "drafter/version")
+    return [step for step, before, after in zip(steps, [0.0, *versions], versions, strict=False) if after > before]
+
+
+def idle_seconds(records: Records) -> dict[str, tuple[list[float], list[float]]]:
+    """Per kind of idle time that the training steps had, seconds (available, filled) per step."""
+    trained = [record for record in records if record["step"] > 0]
+    idle = {}
+    for name in ("bubble", "tail"):
+        available = [_finite(record.get(f"drafter/{name}_available_s")) for record in trained]
+        if any(available):
+            idle[name] = available, [_finite(record.get(f"drafter/{name}_filled_s")) for record in trained]
+    return idle
 
 
 def series(records: Records, name: str) -> tuple[list[float], list[float]]:

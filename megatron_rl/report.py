@@ -42,6 +42,8 @@ PLOTS = (
     ("logprob_gap", "Log-probability gap between trainer and engine", plots.logprob_gap),
     ("time", "Time per phase", plots.time_per_phase),
     ("speculation", "Speculative decoding", plots.speculation),
+    ("drafter", "Trained drafter", plots.drafter),
+    ("idle", "Idle time for the drafter", plots.idle_time),
 )
 
 
@@ -91,8 +93,9 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
         times.add_row(*row)
     if times.row_count:
         terminal.print(times)
-    if speculation := speculation_line(records):
-        terminal.print(speculation, highlight=False)
+    for line in (speculation_line(records), drafter_line(records)):
+        if line:
+            terminal.print(line, highlight=False)
 
 
 def speculation_line(records: Records) -> str:
@@ -105,6 +108,36 @@ def speculation_line(records: Records) -> str:
         f"Speculation: {sum(share) / len(share):.0%} of the generated tokens came from drafts, "
         f"{sum(accepted) / len(accepted):.2f} tokens per verification."
     )
+
+
+def drafter_line(records: Records) -> str:
+    """How the trained head did over the run, in one sentence; empty without one."""
+    _, heldout = plots.series(records, "drafter/heldout_length")
+    _, versions = plots.series(records, "drafter/version")
+    if not versions:
+        return ""
+    parts = [f"{versions[-1]:.0f} version{'s' if versions[-1] != 1 else ''} published"]
+    if heldout:
+        parts.append(f"tokens per verification on held-out rollouts {heldout[0]:.2f} -> {heldout[-1]:.2f}")
+    if live := _live_length(records):
+        parts.append(f"{live:.2f} in the engines")
+    idle = plots.idle_seconds(records).values()
+    if available := sum(sum(seconds) for seconds, _ in idle):
+        filled = sum(sum(seconds) for _, seconds in idle)
+        parts.append(f"{filled / available:.0%} of {available:.1f} idle seconds filled")
+    _, cost = plots.series(records, "drafter/fill_cost")
+    if cost:
+        parts.append(f"steps {abs(cost[-1]):.1%} {'slower' if cost[-1] >= 0 else 'faster'} for it")
+    return f"Trained drafter: {', '.join(parts)}."
+
+
+def _live_length(records: Records) -> float | None:
+    """Tokens per verification over all drafts that the engines verified; None without any."""
+    steps = [
+        (record.get("drafter/live_drafts", 0.0), record.get("drafter/live_length", math.nan)) for record in records
+    ]
+    drafts = sum(count for count, _ in steps if count)
+    return sum(count * length for count, length in steps if count) / drafts if drafts else None
 
 
 def accuracy_rows(records: Records) -> list[tuple[str, str, str, str]]:
@@ -140,9 +173,8 @@ def _summary(records: Records) -> str:
     times = time_rows(records)
     if times:
         lines.append(_table(("phase", "total", "per step", "share"), times))
-    if speculation := speculation_line(records):
-        lines.append(speculation)
-    return "\n\n".join(lines)
+    lines += [speculation_line(records), drafter_line(records)]
+    return "\n\n".join(line for line in lines if line)
 
 
 def _settings(file: Path) -> str:
