@@ -34,6 +34,7 @@ from megatron_rl.device import Runtime
 from megatron_rl.features import FeatureTap, plan_windows
 from megatron_rl.models import weights as policy_weights
 from megatron_rl.speculation import LiveAlarm
+from megatron_rl.step_timeline import StepTimeline
 from megatron_rl.tails import TailFiller
 from megatron_rl.trainer import Policy, Trainer
 
@@ -109,6 +110,8 @@ class Drafting:
             begins_at = 0.0 if config.rollout.placement == "separate" else TAIL_BEGINS_AT
             self.tail = TailFiller(fill, coordinator, begins_at)
         self._tail_seconds = 0.0, 0.0
+        fillers = [filler for filler in (self.tail, self._bubbles) if filler is not None]
+        self.timeline = StepTimeline([filler.timeline for filler in fillers], runtime.control_group)
 
     def start(self) -> None:
         """Give the engines the live head and decide about filling: after construction and `restore`."""
@@ -138,6 +141,7 @@ class Drafting:
         """
         metrics: Metrics = {}
         self._alarm.observe(step, rollout_metrics, self.live.version)
+        self.timeline.end(step)
         if self.trains:
             self._runner.run_until(lambda: self.trainer.slices >= self._config.drafter.min_slices)
             metrics |= _training_metrics(self.trainer.flush())
@@ -191,6 +195,8 @@ class Drafting:
             self._bubbles.filling = fills
         if self.tail is not None:
             self.tail.enabled = fills
+        if fills:
+            self.timeline.begin()
 
     def _idle_metrics(self) -> Metrics:
         """Seconds of the average trainer process. A collective operation."""

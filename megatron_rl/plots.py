@@ -176,7 +176,8 @@ def drafter(records: Records, file: Path) -> bool:
         published = set(publications(records))
         marks = [(step, value) for step, value in zip(steps, heldout, strict=True) if step in published]
         if marks:
-            axes.scatter(*zip(*marks, strict=True), s=40, marker="^", color=BLUE, zorder=3, label="published")
+            marked, lengths = zip(*marks, strict=True)
+            axes.scatter(marked, lengths, s=40, marker="^", color=BLUE, zorder=3, label="published")
         axes.set_ylim(bottom=1)
         axes.legend(loc="best")
     return True
@@ -214,19 +215,47 @@ def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -
         axes.legend(loc="best", title="choice", markerscale=2.5)
 
 
-def bubble_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
-    """One step, a bar per pipeline rank; by kind of span, (rank, start in s, length in s), see `drafter.timeline`."""
+def step_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
+    """One step, a bar per trainer process: the tail of its generation and its passes, side by side.
+
+    Args:
+        kinds: by kind of span, (rank, start in s, length in s), see `drafter.timeline.rows`.
+        file: to write.
+    """
+    tails = {kind: spans for kind, spans in kinds.items() if kind.startswith("tail")}
+    passes = {kind: spans for kind, spans in kinds.items() if kind not in tails}
+    panels = [(x, spans) for x, spans in (("tail of the generation", tails), ("passes", passes)) if spans]
     ranks = sorted({rank for spans in kinds.values() for rank, _, _ in spans})
-    with _figure(file, "milliseconds", "rank") as axes:
-        for kind, spans in kinds.items():
-            for rank in ranks:
-                bars = [(1e3 * start, 1e3 * length) for place, start, length in spans if place == rank]
-                label = kind if rank == ranks[0] else None
-                axes.broken_barh(bars, (rank - 0.4, 0.8), color=SPAN_COLOURS.get(kind, GREY), label=label, linewidth=0)
-        axes.set_yticks(ranks)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    with pyplot.rc_context(STYLE):
+        size = (9.6, min(1.8 + 0.45 * len(ranks), 12.0))
+        shares = [2 if spans is passes else 1 for _, spans in panels]
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=size, sharey=True, squeeze=False, width_ratios=shares, layout="constrained"
+        )
+        for (x, spans), place in zip(panels, axes[0], strict=True):
+            _draw_spans(place, spans, x)
+        axes[0][0].set_ylabel("rank")
+        axes[0][0].yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0][0].set_ylim(ranks[-1] + 0.5, ranks[0] - 0.5)
+        figure.legend(loc="outside right upper")
+        figure.savefig(file, dpi=130)
+        pyplot.close(figure)
+
+
+def _draw_spans(axes: Axes, kinds: dict[str, list[tuple[int, float, float]]], x: str) -> None:
+    """Bars of the spans of each rank, on a time axis that begins with the first of them."""
+    origin = min(start for spans in kinds.values() for _, start, _ in spans)
+    end = max(start + length for spans in kinds.values() for _, start, length in spans)
+    unit, scale = ("s", 1.0) if end - origin > 2 else ("ms", 1e3)
+    for kind, spans in kinds.items():
+        color, label = SPAN_COLOURS[kind], kind
+        for rank in sorted({rank for rank, _, _ in spans}):
+            bars = [(scale * (start - origin), scale * length) for place, start, length in spans if place == rank]
+            axes.broken_barh(bars, (rank - 0.4, 0.8), color=color, label=label, linewidth=0)
+            label = "_"  # one entry of the legend is enough
+    axes.set_xlabel(f"{x} [{unit}]")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.grid(visible=False, axis="y")
 
 
 def _arm_order(arm: str) -> tuple[str, int]:

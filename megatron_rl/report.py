@@ -1,4 +1,4 @@
-"""`report.md` with plots for a run, from its `metrics.jsonl` and `config.yaml`."""
+"""`report.md` with plots for a run, from its `metrics.jsonl`, `timeline.json` and `config.yaml`."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console as Terminal
 from rich.table import Table
 
+from drafter.timeline import TRACE_FILE, read_trace, rows
 from megatron_rl import plots
 from megatron_rl.metrics import read_metrics
 
@@ -51,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.md` and its PNG plots into `run_dir`; a plot whose metrics are missing is left out and named.
 
     Raises:
-        ConfigError: when the folder has no metrics.
+        ConfigError: when the folder has no metrics, or a timeline that cannot be read.
     """
     records = read_metrics(run_dir)
     sections = [f"# {run_dir.name}", _summary(records)]
@@ -65,6 +66,8 @@ def write_report(run_dir: Path) -> Path:
             missing.append(title.lower())
     if missing:
         sections.append(f"Not shown, because the run has no such metrics: {', '.join(missing)}.")
+    if timeline := _timeline(run_dir):
+        sections.append(timeline)
     sections.append(_settings(run_dir / "config.yaml"))
     file = run_dir / "report.md"
     draft = file.with_suffix(".tmp")
@@ -175,6 +178,21 @@ def _summary(records: Records) -> str:
         lines.append(_table(("phase", "total", "per step", "share"), times))
     lines += [speculation_line(records), drafter_line(records)]
     return "\n\n".join(line for line in lines if line)
+
+
+def _timeline(run_dir: Path) -> str:
+    """The section with the picture of `timeline.json`; empty for a run without it."""
+    trace, picture = run_dir / TRACE_FILE, run_dir / "report-timeline.png"
+    if not trace.exists():
+        picture.unlink(missing_ok=True)  # of an earlier report
+        return ""
+    ranks, step = read_trace(trace)
+    plots.step_timeline(rows(ranks), picture)
+    return (
+        f"## Timeline of step {step}\n\n![Timeline of step {step}]({picture.name})\n\n"
+        f"The newest step with filled idle time, per trainer process. [{trace.name}]({trace.name}) opens in "
+        "chrome://tracing or Perfetto."
+    )
 
 
 def _settings(file: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from rich.console import Console as Terminal
 
+from drafter.timeline import Span, write_trace
 from megatron_rl.metrics import METRICS_FILE
 from megatron_rl.plots import publications, speculation_timeline
 from megatron_rl.report import accuracy_rows, drafter_line, print_summary, speculation_line, time_rows, write_report
@@ -132,6 +133,20 @@ def test_the_drafters_sentence_has_no_part_that_was_not_measured() -> None:
     assert drafter_line(untrained) == "Trained drafter: 1 version published."
     faster = [{"step": 1.0, "drafter/version": 0.0, "drafter/fill_cost": -0.02}]
     assert drafter_line(faster) == "Trained drafter: 0 versions published, steps 2.0% faster for it."
+
+
+def test_the_timeline_of_a_step_is_drawn_from_its_file(tmp_path: Path) -> None:
+    write_run(tmp_path, full_run())
+    tail = [Span("tail, empty", 0.0, 3.0), Span("tail, filled", 3.0, 5.0)]
+    step = [Span("forward", 7.0, 7.1), Span("backward", 7.1, 7.3), Span("bubble, filled", 7.3, 7.4)]
+    for spans in ([[*tail, *step], step], [tail, tail], [step, step]):
+        write_trace(spans, tmp_path / "timeline.json", 3)
+        text = write_report(tmp_path).read_text()
+        assert "![Timeline of step 3](report-timeline.png)" in text
+        assert matplotlib.image.imread(tmp_path / "report-timeline.png").std() > 0.01
+    (tmp_path / "timeline.json").unlink()
+    assert "Timeline" not in write_report(tmp_path).read_text()
+    assert not (tmp_path / "report-timeline.png").exists()
 
 
 def test_a_version_is_published_in_the_step_where_its_number_rises() -> None:
