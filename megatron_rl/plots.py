@@ -224,7 +224,9 @@ def step_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) 
     """
     tails = {kind: spans for kind, spans in kinds.items() if kind.startswith("tail")}
     passes = {kind: spans for kind, spans in kinds.items() if kind not in tails}
-    panels = [(x, spans) for x, spans in (("tail of the generation", tails), ("passes", passes)) if spans]
+    panels = [
+        (x, spans) for x, spans in (("tail of the generation", tails), ("old log-probs and update", passes)) if spans
+    ]
     ranks = sorted({rank for spans in kinds.values() for rank, _, _ in spans})
     with pyplot.rc_context(STYLE):
         size = (9.6, min(1.8 + 0.45 * len(ranks), 12.0))
