@@ -1,7 +1,7 @@
 """What a rank did during one step, as spans of time: for a look at the bubbles, and for what filled them.
 
-Spans are noted by the communicator at a few microseconds each, and only while `recording`. The ranks' spans are merged
-on the wall clock, which nodes share as well as NTP keeps it.
+Spans are noted by those who fill waits, at a few microseconds each, and only while `recording`. The ranks' spans are
+merged on the wall clock, which nodes share as well as NTP keeps it.
 """
 
 import json
@@ -9,9 +9,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from megatron_rl.config import ConfigError
 
-KINDS = ("forward", "backward", "forward + backward", "communication", "bubble, filled", "bubble, empty", "tail")
+KINDS = (
+    "forward",
+    "backward",
+    "forward + backward",
+    "communication",
+    "bubble, filled",
+    "bubble, empty",
+    "tail, filled",
+    "tail, empty",
+)
+TRACE_FILE = "timeline.json"
+"""Of the newest filled step, in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +52,25 @@ class Timeline:
         if self.recording and end > start:
             self.spans.append(Span(kind, start, end))
 
-    def add_wait(self, start: float, agreed: float, end: float, slices: list[tuple[float, float]]) -> None:
-        """Note a wait for another stage: slices in it, empty time, and the transfer that follows `agreed`.
+    def add_wait(
+        self, start: float, agreed: float, end: float, slices: list[tuple[float, float]], idle: str = "bubble"
+    ) -> None:
+        """Note a wait: slices in it, empty time, and the transfer that follows `agreed`.
 
         Args:
             start: when the wait began.
-            agreed: when both sides were there.
-            end: when the tensors were.
+            agreed: when both sides were there; `end` where nothing is transferred.
+            end: when the tensors were there too.
             slices: (start, end) of each slice, in order; the last may have ended after `end`.
+            idle: bubble | tail.
         """
         if not self.recording:
             return
         last = start
         for first, over in [*slices, (max(end, last), end)]:
-            self.add("bubble, empty", last, min(first, agreed))
+            self.add(f"{idle}, empty", last, min(first, agreed))
             self.add("communication", max(last, agreed), first)
-            self.add("bubble, filled", first, over)
+            self.add(f"{idle}, filled", first, over)
             last = over
 
     def stop(self) -> list[Span]:
@@ -64,13 +78,6 @@ class Timeline:
         self.recording = False
         offset = time.time() - time.perf_counter()
         return [Span(span.kind, span.start + offset, span.end + offset) for span in self.spans]
-
-
-def gather(spans: list[Span], group: torch.distributed.ProcessGroup) -> list[list[Span]]:
-    """The spans of all ranks of `group` (one that moves host objects), by rank, on its first rank; elsewhere []."""
-    gathered: list[list[Span]] | None = [[]] * group.size() if group.rank() == 0 else None
-    torch.distributed.gather_object(spans, gathered, group=group, group_dst=0)
-    return gathered or []
 
 
 def rows(ranks: list[list[Span]]) -> dict[str, list[tuple[int, float, float]]]:
@@ -83,7 +90,7 @@ def rows(ranks: list[list[Span]]) -> dict[str, list[tuple[int, float, float]]]:
     return {kind: values for kind, values in by_kind.items() if values}
 
 
-def write_trace(ranks: list[list[Span]], file: Path) -> None:
+def write_trace(ranks: list[list[Span]], file: Path, step: int) -> None:
     """Write the spans as Chrome trace events (for chrome://tracing or Perfetto): one process per rank."""
     origin = _origin(ranks)
     events: list[dict[str, object]] = []
@@ -92,7 +99,29 @@ def write_trace(ranks: list[list[Span]], file: Path) -> None:
         for span in spans:
             micros = {"ts": (span.start - origin) * 1e6, "dur": (span.end - span.start) * 1e6}
             events.append({"name": span.kind, "ph": "X", "pid": rank, "tid": 0, **micros})
-    file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"step": step}}))
+    draft.replace(file)
+
+
+def read_trace(file: Path) -> tuple[list[list[Span]], int]:
+    """What `write_trace` wrote: (spans of each rank from zero, step).
+
+    Raises:
+        ConfigError: when it is something else.
+    """
+    try:
+        trace = json.loads(file.read_text())
+        events = trace["traceEvents"]
+        ranks: list[list[Span]] = [[] for event in events if event["ph"] == "M"]
+        for event in events:
+            if event["ph"] == "X":
+                start = event["ts"] / 1e6
+                kind = KINDS[KINDS.index(event["name"])]
+                ranks[event["pid"]].append(Span(kind, start, start + event["dur"] / 1e6))
+        return ranks, int(trace["otherData"]["step"])
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(f"{file} is not the timeline of a step as a run writes it; delete or rename it.") from None
 
 
 def _origin(ranks: list[list[Span]]) -> float:

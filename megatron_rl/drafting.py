@@ -33,6 +33,8 @@ from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.features import FeatureTap, plan_windows
 from megatron_rl.models import weights as policy_weights
+from megatron_rl.speculation import LiveAlarm
+from megatron_rl.step_timeline import StepTimeline
 from megatron_rl.tails import TailFiller
 from megatron_rl.trainer import Policy, Trainer
 
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 CHECKPOINT_NAME = "drafter"
 TAIL_BEGINS_AT = 0.75
-NEAR_ONE = 1.05
 
 
 def frozen_policy(weights: policy_weights.PolicyWeights) -> PolicyWeights:
@@ -97,6 +98,7 @@ class Drafting:
         self.trainer = DraftTrainer(head, self.store, LossOptions(steps=settings.unroll), options)
         self._runner = SliceRunner(self.trainer)
         self.guard = FillGuard()
+        self._alarm = LiveAlarm()
         self.trains = bool(settings.fill or settings.min_slices)
         self._supply = FeatureSupply(policy, head, self.store) if self.trains else None
         fill = device.idle_fill(self._runner)
@@ -108,6 +110,8 @@ class Drafting:
             begins_at = 0.0 if config.rollout.placement == "separate" else TAIL_BEGINS_AT
             self.tail = TailFiller(fill, coordinator, begins_at)
         self._tail_seconds = 0.0, 0.0
+        fillers = [filler for filler in (self.tail, self._bubbles) if filler is not None]
+        self.timeline = StepTimeline([filler.timeline for filler in fillers], runtime.control_group)
 
     def start(self) -> None:
         """Give the engines the live head and decide about filling: after construction and `restore`."""
@@ -133,9 +137,11 @@ class Drafting:
             step: of the run.
             seconds: how long the step took so far.
             tokens: of its sequences, to compare steps.
-            rollout_metrics: the driver's, with what speculation did.
+            rollout_metrics: the driver's, with what the engines measured of the drafts; empty elsewhere.
         """
-        metrics = live_metrics(rollout_metrics, self.live.version) if self._runtime.is_driver else {}
+        metrics: Metrics = {}
+        self._alarm.observe(step, rollout_metrics, self.live.version)
+        self.timeline.end(step)
         if self.trains:
             self._runner.run_until(lambda: self.trainer.slices >= self._config.drafter.min_slices)
             metrics |= _training_metrics(self.trainer.flush())
@@ -189,6 +195,8 @@ class Drafting:
             self._bubbles.filling = fills
         if self.tail is not None:
             self.tail.enabled = fills
+        if fills:
+            self.timeline.begin()
 
     def _idle_metrics(self) -> Metrics:
         """Seconds of the average trainer process. A collective operation."""
@@ -226,22 +234,3 @@ class Drafting:
 
 def _training_metrics(flush: Flush) -> Metrics:
     return {"drafter/loss": flush.loss, "drafter/grad_norm": flush.grad_norm, "drafter/slices": flush.slices}
-
-
-def live_metrics(rollout_metrics: Mapping[str, float], version: int) -> Metrics:
-    """What speculation did for the engines; warns in the log when drafts of the head are hardly ever accepted.
-
-    Args:
-        rollout_metrics: the `speculation/*` of `docs/metrics.md`, or nothing of it.
-        version: of the live head.
-    """
-    length = rollout_metrics.get("speculation/tokens_per_verification")
-    if length is None:
-        return {}
-    drafted = any(steps and "/eagle:" in name for name, steps in rollout_metrics.items())
-    if drafted and length < NEAR_ONE:
-        log.warning(
-            f"the engines emit only {length:.2f} tokens per verification with version {version} of the drafter: hardly "
-            "a draft is accepted. Warm the head up (megatron-rl drafter warmup), or train it more."
-        )
-    return {"drafter/live_length": length}

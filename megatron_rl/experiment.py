@@ -184,11 +184,13 @@ class Experiment:
             self.console.step(step, self.config.train.steps, metrics)
 
     def save(self, step: int) -> None:
-        """Checkpoint after `step`, whose metrics are already logged."""
+        """Checkpoint after `step`, whose metrics are already logged, and write the drafter's timeline."""
         start = time.perf_counter()
         learned = {SPECULATION: self.fleet.speculation_states()} if self.fleet is not None else None
         tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else None
         save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned, tensors)
+        if self.drafting is not None:
+            self.drafting.timeline.write(Path(self.config.run_dir))
         if self.runtime.is_driver:
             self._logger.log(step, {"time/checkpoint": time.perf_counter() - start})
 

@@ -36,8 +36,9 @@ SPAN_COLOURS = {
     "forward + backward": "#5b9bd5",
     "communication": RED,
     "bubble, filled": GREEN,
-    "bubble, empty": "#e4e6ea",
-    "tail": ORANGE,
+    "bubble, empty": "#dcdfe4",
+    "tail, filled": ORANGE,
+    "tail, empty": "#f6dfbd",
 }
 STYLE: Any = {
     "font.size": 10,
@@ -158,6 +159,48 @@ def speculation(records: Records, file: Path) -> bool:
     return True
 
 
+def drafter(records: Records, file: Path) -> bool:
+    """Tokens per verification of the head: expected on held-out rollouts, in training, and as the engines had it."""
+    steps, heldout = series(records, "drafter/heldout_length")
+    if not steps:
+        return False
+    with _figure(file, "training step", "tokens per verification") as axes:
+        for name, label, color, width in (
+            ("trained_length", "trained head, held out", "#9cc3e6", 1.4),
+            ("heldout_length", "engines' head, held out", BLUE, 1.8),
+            ("live_length", "engines, live", ORANGE, 1.4),
+        ):
+            at, values = series(records, f"drafter/{name}")
+            if at:
+                axes.plot(at, values, color=color, linewidth=width, marker=_marker(at), markersize=4, label=label)
+        published = set(publications(records))
+        marks = [(step, value) for step, value in zip(steps, heldout, strict=True) if step in published]
+        if marks:
+            marked, lengths = zip(*marks, strict=True)
+            axes.scatter(marked, lengths, s=40, marker="^", color=BLUE, zorder=3, label="published")
+        axes.set_ylim(bottom=1)
+        axes.legend(loc="best")
+    return True
+
+
+def idle_time(records: Records, file: Path) -> bool:
+    """Idle seconds per step, stacked: of bubbles and of tails, what was filled and what stayed empty."""
+    idle = idle_seconds(records)
+    if not idle:
+        return False
+    steps = [record["step"] for record in records if record["step"] > 0]
+    with _figure(file, "training step", "idle time [s]") as axes:
+        bars = {f"{name}, filled": filled for name, (_, filled) in idle.items()}
+        for name, (available, filled) in idle.items():
+            bars[f"{name}, empty"] = [max(whole - part, 0.0) for whole, part in zip(available, filled, strict=True)]
+        bottom = [0.0] * len(steps)
+        for kind, seconds in bars.items():
+            axes.bar(steps, seconds, bottom=bottom, width=0.9, color=SPAN_COLOURS[kind], label=kind)
+            bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    return True
+
+
 def speculation_timeline(steps: list[tuple[float, int, str, int]], file: Path) -> None:
     """Live requests over time, coloured by the chosen arm; `steps` are (start in s, live requests, arm, emitted)."""
     with _figure(file, "seconds", "live requests") as axes:
@@ -181,19 +224,49 @@ def acceptance_over_steps(steps: list[int], lengths: dict[str, list[float]], fil
         axes.legend(loc="best")
 
 
-def bubble_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
-    """One step, a bar per pipeline rank; by kind of span, (rank, start in s, length in s), see `drafter.timeline`."""
+def step_timeline(kinds: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
+    """One step, a bar per trainer process: the tail of its generation and its passes, side by side.
+
+    Args:
+        kinds: by kind of span, (rank, start in s, length in s), see `drafter.timeline.rows`.
+        file: to write.
+    """
+    tails = {kind: spans for kind, spans in kinds.items() if kind.startswith("tail")}
+    passes = {kind: spans for kind, spans in kinds.items() if kind not in tails}
+    panels = [
+        (x, spans) for x, spans in (("tail of the generation", tails), ("old log-probs and update", passes)) if spans
+    ]
     ranks = sorted({rank for spans in kinds.values() for rank, _, _ in spans})
-    with _figure(file, "milliseconds", "rank") as axes:
-        for kind, spans in kinds.items():
-            for rank in ranks:
-                bars = [(1e3 * start, 1e3 * length) for place, start, length in spans if place == rank]
-                label = kind if rank == ranks[0] else None
-                axes.broken_barh(bars, (rank - 0.4, 0.8), color=SPAN_COLOURS.get(kind, GREY), label=label, linewidth=0)
-        axes.set_yticks(ranks)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    with pyplot.rc_context(STYLE):
+        size = (9.6, min(1.8 + 0.45 * len(ranks), 12.0))
+        shares = [2 if spans is passes else 1 for _, spans in panels]
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=size, sharey=True, squeeze=False, width_ratios=shares, layout="constrained"
+        )
+        for (x, spans), place in zip(panels, axes[0], strict=True):
+            _draw_spans(place, spans, x)
+        axes[0][0].set_ylabel("rank")
+        axes[0][0].yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0][0].set_ylim(ranks[-1] + 0.5, ranks[0] - 0.5)
+        figure.legend(loc="outside right upper")
+        figure.savefig(file, dpi=130)
+        pyplot.close(figure)
+
+
+def _draw_spans(axes: Axes, kinds: dict[str, list[tuple[int, float, float]]], x: str) -> None:
+    """Bars of the spans of each rank, on a time axis that begins with the first of them."""
+    origin = min(start for spans in kinds.values() for _, start, _ in spans)
+    end = max(start + length for spans in kinds.values() for _, start, length in spans)
+    unit, scale = ("s", 1.0) if end - origin > 2 else ("ms", 1e3)
+    for kind, spans in kinds.items():
+        color, label = SPAN_COLOURS[kind], kind
+        for rank in sorted({rank for rank, _, _ in spans}):
+            bars = [(scale * (start - origin), scale * length) for place, start, length in spans if place == rank]
+            axes.broken_barh(bars, (rank - 0.4, 0.8), color=color, label=label, linewidth=0)
+            label = "_"  # one entry of the legend is enough
+    axes.set_xlabel(f"{x} [{unit}]")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.grid(visible=False, axis="y")
 
 
 def _arm_order(arm: str) -> tuple[str, int]:
@@ -221,6 +294,23 @@ def phase_seconds(records: Records) -> dict[str, list[float]]:
     if any(other):
         phases[OTHER[0]] = other
     return phases
+
+
+def publications(records: Records) -> list[float]:
+    """Steps after which the engines had a new version of the head."""
+    steps, versions = series(records, "drafter/version")
+    return [step for step, before, after in zip(steps, [0.0, *versions], versions, strict=False) if after > before]
+
+
+def idle_seconds(records: Records) -> dict[str, tuple[list[float], list[float]]]:
+    """Per kind of idle time that the training steps had, seconds (available, filled) per step."""
+    trained = [record for record in records if record["step"] > 0]
+    idle = {}
+    for name in ("bubble", "tail"):
+        available = [_finite(record.get(f"drafter/{name}_available_s")) for record in trained]
+        if any(available):
+            idle[name] = available, [_finite(record.get(f"drafter/{name}_filled_s")) for record in trained]
+    return idle
 
 
 def series(records: Records, name: str) -> tuple[list[float], list[float]]:

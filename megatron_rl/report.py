@@ -1,4 +1,4 @@
-"""`report.md` with plots for a run, from its `metrics.jsonl` and `config.yaml`."""
+"""`report.md` with plots for a run, from its `metrics.jsonl`, `timeline.json` and `config.yaml`."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console as Terminal
 from rich.table import Table
 
+from drafter.timeline import TRACE_FILE, read_trace, rows
 from megatron_rl import plots
 from megatron_rl.metrics import read_metrics
 
@@ -42,6 +43,8 @@ PLOTS = (
     ("logprob_gap", "Log-probability gap between trainer and engine", plots.logprob_gap),
     ("time", "Time per phase", plots.time_per_phase),
     ("speculation", "Speculative decoding", plots.speculation),
+    ("drafter", "Trained drafter", plots.drafter),
+    ("idle", "Idle time for the drafter", plots.idle_time),
 )
 
 
@@ -49,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.md` and its PNG plots into `run_dir`; a plot whose metrics are missing is left out and named.
 
     Raises:
-        ConfigError: when the folder has no metrics.
+        ConfigError: when the folder has no metrics, or a timeline that cannot be read.
     """
     records = read_metrics(run_dir)
     sections = [f"# {run_dir.name}", _summary(records)]
@@ -63,6 +66,8 @@ def write_report(run_dir: Path) -> Path:
             missing.append(title.lower())
     if missing:
         sections.append(f"Not shown, because the run has no such metrics: {', '.join(missing)}.")
+    if timeline := _timeline(run_dir):
+        sections.append(timeline)
     sections.append(_settings(run_dir / "config.yaml"))
     file = run_dir / "report.md"
     draft = file.with_suffix(".tmp")
@@ -91,8 +96,9 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
         times.add_row(*row)
     if times.row_count:
         terminal.print(times)
-    if speculation := speculation_line(records):
-        terminal.print(speculation, highlight=False)
+    for line in (speculation_line(records), drafter_line(records)):
+        if line:
+            terminal.print(line, highlight=False)
 
 
 def speculation_line(records: Records) -> str:
@@ -105,6 +111,36 @@ def speculation_line(records: Records) -> str:
         f"Speculation: {sum(share) / len(share):.0%} of the generated tokens came from drafts, "
         f"{sum(accepted) / len(accepted):.2f} tokens per verification."
     )
+
+
+def drafter_line(records: Records) -> str:
+    """How the trained head did over the run, in one sentence; empty without one."""
+    _, heldout = plots.series(records, "drafter/heldout_length")
+    _, versions = plots.series(records, "drafter/version")
+    if not versions:
+        return ""
+    parts = [f"{versions[-1]:.0f} version{'s' if versions[-1] != 1 else ''} published"]
+    if heldout:
+        parts.append(f"tokens per verification on held-out rollouts {heldout[0]:.2f} -> {heldout[-1]:.2f}")
+    if live := _live_length(records):
+        parts.append(f"{live:.2f} in the engines")
+    idle = plots.idle_seconds(records).values()
+    if available := sum(sum(seconds) for seconds, _ in idle):
+        filled = sum(sum(seconds) for _, seconds in idle)
+        parts.append(f"{filled / available:.0%} of {available:.1f} idle seconds filled")
+    _, cost = plots.series(records, "drafter/fill_cost")
+    if cost:
+        parts.append(f"steps {abs(cost[-1]):.1%} {'slower' if cost[-1] >= 0 else 'faster'} for it")
+    return f"Trained drafter: {', '.join(parts)}."
+
+
+def _live_length(records: Records) -> float | None:
+    """Tokens per verification over all drafts that the engines verified; None without any."""
+    steps = [
+        (record.get("drafter/live_drafts", 0.0), record.get("drafter/live_length", math.nan)) for record in records
+    ]
+    drafts = sum(count for count, _ in steps if count)
+    return sum(count * length for count, length in steps if count) / drafts if drafts else None
 
 
 def accuracy_rows(records: Records) -> list[tuple[str, str, str, str]]:
@@ -140,9 +176,23 @@ def _summary(records: Records) -> str:
     times = time_rows(records)
     if times:
         lines.append(_table(("phase", "total", "per step", "share"), times))
-    if speculation := speculation_line(records):
-        lines.append(speculation)
-    return "\n\n".join(lines)
+    lines += [speculation_line(records), drafter_line(records)]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _timeline(run_dir: Path) -> str:
+    """The section with the picture of `timeline.json`; empty for a run without it."""
+    trace, picture = run_dir / TRACE_FILE, run_dir / "report-timeline.png"
+    if not trace.exists():
+        picture.unlink(missing_ok=True)  # of an earlier report
+        return ""
+    ranks, step = read_trace(trace)
+    plots.step_timeline(rows(ranks), picture)
+    return (
+        f"## Timeline of step {step}\n\n![Timeline of step {step}]({picture.name})\n\n"
+        f"The newest step with filled idle time, per trainer process. [{trace.name}]({trace.name}) opens in "
+        "chrome://tracing or Perfetto."
+    )
 
 
 def _settings(file: Path) -> str:

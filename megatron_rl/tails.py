@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from drafter.fill import ThreadFill
+from drafter.timeline import Timeline
 from megatron_rl.coordination import Coordinator
 
 Item = TypeVar("Item")
@@ -31,6 +32,7 @@ class TailFiller:
         """Set between steps, by the guard's decision; the driver's counts."""
         self.available = self.filled = 0.0
         """Seconds of this rank since `end` returned them last."""
+        self.timeline = Timeline()
         coordinator.register(BEGIN, self._begin)
         coordinator.wait = self._wait
 
@@ -64,4 +66,5 @@ class TailFiller:
         result, end, filled = self._fill.during(operation, float("inf"))
         self.available += end - start
         self.filled += filled.seconds(start, end)
+        self.timeline.add_wait(start, end, end, filled.spans, "tail")
         return result  # type: ignore[no-any-return]

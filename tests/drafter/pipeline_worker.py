@@ -25,8 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from drafter.bubbles import BubbleCommunicator
 from drafter.fill import ThreadFill
 from drafter.slices import SliceRunner
-from drafter.timeline import gather, write_trace
+from drafter.timeline import write_trace
 from megatron_rl import cpu_backend
+from megatron_rl.step_timeline import gather
 from tests.drafter import simulated
 
 HIDDEN = 32
@@ -144,7 +145,7 @@ def work(rank: int, world_size: int, folder: Path, count: int, die_at: int | Non
     result["flushes"], result["slices"] = flushes, source.done
     ranks = gather(communicator.timeline.stop(), torch.distributed.group.WORLD)
     if rank == 0:
-        write_trace(ranks, folder / "trace.json")
+        write_trace(ranks, folder / "trace.json", 4)
     torch.save(result, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()

@@ -76,6 +76,8 @@ def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_a
         metrics.append(drafting.finish_step(step, 1.0, 100, {}))
         if step == save_at:
             save_checkpoint(trainer, run_dir, step, 1, tensors={CHECKPOINT_NAME: drafting.state()})
+    Path(run_dir).mkdir(exist_ok=True)
+    drafting.timeline.write(Path(run_dir))
     weights = {"head": drafting.head.state_dict(), "live": drafting.live.head.state_dict()}
     return {**weights, "metrics": metrics, "pushed": fleet.pushed if fleet is not None else []}
 

@@ -122,6 +122,7 @@ def test_speculation_is_measured_when_the_engines_draft(make):
         steps=4, verifications=8, drafted=10, accepted=4, emitted=12, seconds=2.0, draft_seconds=0.5
     )
     counts.chosen[8, "ngram:2"] = 4
+    counts.drafted_by["ngram"], counts.accepted_by["ngram"] = 10, 4
     fleet.counts = [counts]
     generator.training_rollouts(2)
     measured = {name.removeprefix("speculation/"): v for name, v in generator.metrics.items() if "speculation" in name}
@@ -129,6 +130,8 @@ def test_speculation_is_measured_when_the_engines_draft(make):
         "draft_token_share": 0.5,  # one of two tokens
         "tokens_per_verification": 1.5,
         "accepted_share": 0.4,
+        "drafted/ngram": 10.0,
+        "accepted_share/ngram": 0.4,
         "draft_time_share": 0.25,
         "steps/batch_8/ngram:2": 4.0,
     }
