@@ -73,7 +73,7 @@ def compare(policy: Policy, batch: Batch, pairs: int) -> dict[str, float]:
         else:
             with supply.recording(batch, step, tokens):
                 policy.logprobs(batch)
-            frozen_policy(weights)
+            frozen_policy(weights, policy.vocab_limit)
         return time.perf_counter() - start
 
     plain, bounded, everything = [], [], []

@@ -80,10 +80,11 @@ def expected_acceptance(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} has to be positive: greedy decoding has no noise to share.")
     states = to_target_positions(unroll(head, features, policy, steps))
-    proposed = features.token_ids.roll(-1)  # at the target position t the policy samples token t + 1
+    sampled = features.token_ids.roll(-1)  # at the target position t the policy samples token t + 1
+    proposed = head.proposed_ids(len(policy.lm_head))
     chances = [
-        _chances(head, policy, states[:, rows], features.final_hidden[rows], proposed[rows], temperature)
-        for start in range(0, len(proposed), rows_at_once)
+        _chances(head, policy, proposed, states[:, rows], features.final_hidden[rows], sampled[rows], temperature)
+        for start in range(0, len(sampled), rows_at_once)
         for rows in [slice(start, start + rows_at_once)]
     ]
     counted = counted_drafts(features.response_mask, features.cu_seqlens, steps)
@@ -96,6 +97,7 @@ def expected_acceptance(
 def _chances(
     head: EagleHead,
     policy: PolicyWeights,
+    proposed: Int[Tensor, " proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
     sampled: Int[Tensor, " rows"],
@@ -103,8 +105,9 @@ def _chances(
 ) -> Float[Tensor, "steps rows"]:
     """For each step at each target position, the chance that it proposes the token that the policy sampled there."""
     policy_logprobs = (F.linear(final_hidden, policy.lm_head).float() / temperature).log_softmax(dim=-1)
-    draft_logprobs = (head.logits(states, policy.lm_head).float() / temperature).log_softmax(dim=-1)
-    return agreement(policy_logprobs, draft_logprobs, head.token_ids, sampled)
+    draft_logits = head.logits(states, policy.lm_head)[..., : len(proposed)]
+    draft_logprobs = (draft_logits.float() / temperature).log_softmax(dim=-1)
+    return agreement(policy_logprobs, draft_logprobs, proposed, sampled)
 
 
 def agreement(
@@ -115,9 +118,11 @@ def agreement(
 ) -> Float[Tensor, "steps rows"]:
     """`P(the draft is x | the policy samples x)` under shared Gumbel noise, x = `sampled`: the formula above.
 
-    `token_ids` are the policy's ids of the draft ids, ascending; a token that the drafter cannot propose has chance 0.
+    `token_ids` are the policy's ids of the draft ids, ascending; a token that the drafter cannot propose has chance 0,
+    and so has one outside the policy's vocabulary (a prompt may hold what is never sampled).
     """
-    sampled_logprobs = policy_logprobs.gather(1, sampled[:, None])[:, 0]
+    known = sampled.clamp(max=policy_logprobs.shape[1] - 1)
+    sampled_logprobs = policy_logprobs.gather(1, known[:, None])[:, 0]
     draft_ids = torch.searchsorted(token_ids, sampled).clamp(max=len(token_ids) - 1)
     possible = token_ids[draft_ids] == sampled
     index = draft_ids[None, :, None].expand(len(draft_logprobs), -1, 1)

@@ -148,10 +148,16 @@ class EagleHead(nn.Module):
         """int64: the policy's id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def proposed_ids(self, sampled_vocab: int) -> Int[Tensor, " proposed"]:
+        """`token_ids` below `sampled_vocab`: those of the first draft ids, as they ascend. Engines mask the others."""
+        token_ids = self.token_ids
+        return token_ids[token_ids < sampled_vocab]
+
     @torch.no_grad()
-    def copy_policy_head(self, policy_lm_head: Float[Tensor, "vocab hidden"]) -> None:
+    def copy_policy_head(self, policy_lm_head: Float[Tensor, "sampled_vocab hidden"]) -> None:
         """Start `lm_head` from the policy's rows for the draft vocabulary, from which it learns sooner (EAGLE-3)."""
-        self.lm_head.weight.copy_(policy_lm_head[self.token_ids])
+        proposed = self.proposed_ids(len(policy_lm_head))
+        self.lm_head.weight[: len(proposed)].copy_(policy_lm_head[proposed])
 
     def fuse(self, hidden_states: Float[Tensor, "seq features"]) -> Float[Tensor, "seq hidden"]:
         """The policy's features as the state that the first step reads."""
@@ -159,9 +165,12 @@ class EagleHead(nn.Module):
         return fused
 
     def logits(
-        self, states: Float[Tensor, "*rows hidden"], policy_lm_head: Float[Tensor, "vocab hidden"]
+        self, states: Float[Tensor, "*rows hidden"], policy_lm_head: Float[Tensor, "sampled_vocab hidden"]
     ) -> Float[Tensor, "*rows draft_vocab"]:
-        """Logits over the draft vocabulary, from the states that a step returns (EAGLE-3 ignores the policy's head)."""
+        """Logits over the draft vocabulary, from the states that a step returns (EAGLE-3 ignores the policy's head).
+
+        Those that count belong to `proposed_ids`, and come first.
+        """
         if self.config.kind == "eagle":
             return F.linear(states, policy_lm_head.to(states.dtype))
         logits: Tensor = self.lm_head(self.norm(states))

@@ -2,9 +2,10 @@
 
 The draft is unrolled as the engine uses it: step i reads what the head itself put out in step i - 1, with the tokens
 that the policy really sampled. Each step's target is soft, the policy's distribution at temperature 1, restricted to
-the draft vocabulary and renormalised there. As in EAGLE-3, a position does not count when the policy's most likely
-token is outside the draft vocabulary. For `eagle` heads a smooth L1 distance to the policy's hidden states can be
-added (EAGLE, arXiv 2401.15077, uses it with weight 1 and the cross-entropy with 0.1).
+the draft vocabulary and renormalised there; tokens that engines never sample (see `PolicyWeights`) take no part. As in
+EAGLE-3, a position does not count when the policy's most likely token is outside the draft vocabulary. For `eagle`
+heads a smooth L1 distance to the policy's hidden states can be added (EAGLE, arXiv 2401.15077, uses it with weight 1
+and the cross-entropy with 0.1).
 
 Everything is a sum: losses and weights of several rows add up to those of the row that packs them.
 """
@@ -12,7 +13,7 @@ Everything is a sum: losses and weights of several rows add up to those of the r
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -74,12 +75,13 @@ def draft_loss(
         raise ValueError("The smooth L1 distance to the policy's hidden states is for eagle heads only.")
     states = to_target_positions(unroll(head, features, policy, options.steps))
     counted = to_target_positions(counted_drafts(features.response_mask, features.cu_seqlens, options.steps))
+    proposed = head.proposed_ids(len(policy.lm_head))
     losses, entropies, counts = [], [], []
     for start in range(0, len(features.token_ids), options.rows_at_once):
         rows = slice(start, start + options.rows_at_once)
         # Recomputed in the backward pass, so that the logits of one chunk are in memory, never those of the row.
         loss, entropy, count = checkpoint(
-            _chunk, head, policy, states[:, rows], features.final_hidden[rows], counted[:, rows], options,
+            _chunk, head, policy, proposed, states[:, rows], features.final_hidden[rows], counted[:, rows], options,
             use_reentrant=False,
         )  # fmt: skip
         losses.append(loss)
@@ -111,6 +113,7 @@ def unroll(
 def _chunk(
     head: EagleHead,
     policy: PolicyWeights,
+    proposed: Int[Tensor, " proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
     counted: Bool[Tensor, "steps rows"],
@@ -120,8 +123,9 @@ def _chunk(
     with torch.no_grad():
         policy_logits = F.linear(final_hidden, policy.lm_head).float()
         counted = counted & head.t2d[policy_logits.argmax(dim=-1)]
-        target = policy_logits[:, head.token_ids].softmax(dim=-1)
-    draft_logprobs = head.logits(states, policy.lm_head.detach()).float().log_softmax(dim=-1)
+        target = policy_logits[:, proposed].softmax(dim=-1)
+    draft_logits = head.logits(states, policy.lm_head.detach())[..., : len(proposed)]
+    draft_logprobs = draft_logits.float().log_softmax(dim=-1)
     # `where` and not a product: what does not count may be anything, and leaves no trace in the gradient.
     entropy = torch.where(counted, -(target * draft_logprobs).sum(dim=-1), 0.0).sum(dim=-1)
     loss = options.cross_entropy * entropy

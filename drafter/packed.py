@@ -57,8 +57,9 @@ class PolicyWeights:
     """The tensors of the policy that a head computes with. They are frozen: no gradient reaches them."""
 
     embedding: Float[Tensor, "vocab hidden"]
-    lm_head: Float[Tensor, "vocab hidden"]
-    """The same tensor as `embedding` where the policy ties them."""
+    lm_head: Float[Tensor, "sampled_vocab hidden"]
+    """Of the tokens that engines sample: they mask those past the tokenizer, for which a padded vocabulary has rows.
+    The memory of `embedding` where the policy ties them."""
 
 
 def sequence_numbers(cu_seqlens: Int[Tensor, " sequences+1"], length: int) -> Int[Tensor, " seq"]:

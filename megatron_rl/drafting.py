@@ -47,11 +47,14 @@ CHECKPOINT_NAME = "drafter"
 TAIL_BEGINS_AT = 0.75
 
 
-def frozen_policy(weights: policy_weights.PolicyWeights) -> PolicyWeights:
-    """A copy of the policy's embedding and output layer, on every rank; a collective operation of the replica."""
+def frozen_policy(weights: policy_weights.PolicyWeights, vocab_limit: int) -> PolicyWeights:
+    """A copy of the policy's embedding and output layer, on every rank; a collective operation of the replica.
+
+    Token ids from `vocab_limit` on are never sampled: the output layer is without them.
+    """
     full = dict(weights.full({"model.embed_tokens.weight", "lm_head.weight"}))
     embedding = full["model.embed_tokens.weight"]
-    return PolicyWeights(embedding=embedding, lm_head=full.get("lm_head.weight", embedding))
+    return PolicyWeights(embedding=embedding, lm_head=full.get("lm_head.weight", embedding)[:vocab_limit])
 
 
 class FeatureSupply:
@@ -128,7 +131,7 @@ class Drafting:
             return
         with self._supply.recording(batch, step, self._config.drafter.tokens_per_step):
             yield
-        self.trainer.policy = frozen_policy(self._policy.weights)
+        self.trainer.policy = frozen_policy(self._policy.weights, self._policy.vocab_limit)
 
     def finish_step(self, step: int, seconds: float, tokens: int, rollout_metrics: Mapping[str, float]) -> Metrics:
         """Train, score, publish. Returns metrics of `docs/metrics.md` on the driver.

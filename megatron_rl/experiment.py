@@ -101,7 +101,7 @@ class Experiment:
         self.drafting = self._build_drafting(start.resumed) if config.rollout.speculation.uses_head else None
 
     def _build_drafting(self, resumed: int) -> Drafting:
-        head = initial_head(self.config, frozen_policy(self.trainer.weights))
+        head = initial_head(self.config, frozen_policy(self.trainer.weights, self.trainer.vocab_limit))
         drafting = Drafting(self.config, self.runtime, self.trainer, head, self.coordinator, self.fleet)
         if resumed and (state := load_tensors(self.config.run_dir, resumed, CHECKPOINT_NAME)):
             drafting.restore(state)

@@ -64,10 +64,10 @@ def run(config: Config, options: WarmupOptions) -> None:
     policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
     weights = policy_weights.PolicyWeights(policy.model, start.arch)
     if options.rollouts is not None:
-        batch = read_rollouts(options.rollouts, start.arch.vocab_size)
+        batch = read_rollouts(options.rollouts, start.vocab_limit)
     else:
         batch = _generate(config, runtime, start, weights, console, options.batches)
-    frozen = frozen_policy(weights)
+    frozen = frozen_policy(weights, start.vocab_limit)
     head = initial_head(config, frozen, _vocabulary(config, batch, start))
     best = _train(policy, head, frozen, batch, console, options)
     output = options.output or Path(config.run_dir) / "drafter"
@@ -189,8 +189,8 @@ def _write_rollouts(rollouts: list[Rollout], file: Path) -> None:
     file.write_text("".join(lines))
 
 
-def read_rollouts(file: Path, vocab_size: int) -> Batch:
-    """Rollouts saved as JSON lines with `prompt_ids` and `token_ids`, lists of token ids below `vocab_size`.
+def read_rollouts(file: Path, vocab_limit: int) -> Batch:
+    """Rollouts saved as JSON lines with `prompt_ids` and `token_ids`, lists of token ids below `vocab_limit`.
 
     They should be samples of the policy at `rollout.temperature`, or scores mean little.
 
@@ -204,11 +204,14 @@ def read_rollouts(file: Path, vocab_size: int) -> Batch:
         try:
             record = json.loads(line)
             prompt, response = record["prompt_ids"], record["token_ids"]
-            valid = all(0 <= token < vocab_size for token in prompt + response) and prompt and response
+            valid = all(0 <= token < vocab_limit for token in prompt + response) and prompt and response
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file}:{number} is no rollout ({type(error).__name__}: {error}).") from None
         if not valid:
-            raise ConfigError(f"{file}:{number}: prompt_ids and token_ids have to be token ids below {vocab_size}.")
+            raise ConfigError(
+                f"{file}:{number}: prompt_ids and token_ids have to be token ids below {vocab_limit}, those that the "
+                "tokenizer has, and neither may be empty."
+            )
         prompts.append(prompt)
         responses.append(response)
     if not prompts:

@@ -12,6 +12,7 @@ from megatron_rl.config import Config, ConfigError
 from rollout.adaptive import EAGLE
 from rollout.checksum import combine
 from rollout.eagle import head_arguments
+from rollout.head_weights import PackedHead
 from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
 
 # Options of vLLM that follow from keys of ours, or on which this package relies.
@@ -352,12 +353,12 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not drop its prefix cache after a weight update.")
 
-    def update_drafter(self, segment: str, places: list[Any], version: int) -> None:
-        """Load new weights for the EAGLE head from shared memory, see `RolloutFleet.update_drafter`.
+    def update_drafter(self, head: PackedHead, version: int) -> None:
+        """Load new weights for the EAGLE head, see `RolloutFleet.update_drafter`.
 
         Also while requests are running: their tokens stay the same.
         """
-        self._llm.collective_rpc("load_head", args=(segment, places))
+        self._llm.collective_rpc("load_head", args=(head,))
         self._scheduler.renew_head(version)
         self._llm.reset_prefix_cache()  # or leave it while requests need it: what it makes worse are drafts
 

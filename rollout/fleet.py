@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError
 from torch import Tensor
 
@@ -22,17 +23,18 @@ from megatron_rl.config import Config, ConfigError
 from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
-from rollout.head_segment import HeadSegment
+from rollout.head_weights import check_head, largest_head, pack_head
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
-from rollout.weight_sync import segment_name
 
 logger = logging.getLogger(__name__)
 
 # Long enough that the calls cost nothing beside the generation, short enough for completions to stream.
 POLL_SECONDS = 0.25
 
-# The store carries requests and rollouts only (weights travel otherwise); Ray's own default is 30 % of the memory.
+# For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
+# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
+_HEADS_IN_STORE = 2
 
 _STOP_SECONDS = 10.0
 
@@ -82,14 +84,17 @@ class RolloutFleet:
             rollout.sampling,
         )
         self._environment = environment
-        self._head = _head_segment(config, self._arguments[0])
+        self._head_folder: Path | None = None
+        if config.rollout.speculation.uses_head:
+            self._head_folder = Path(self._arguments[0]["speculative_config"]["model"])
+        self._head: tuple[Any, int] | None = None  # the newest one pushed: Ray's reference to the weights, version
         self.workers_per_engine = config.rollout.tp_size
         self._max_restarts = config.rollout.max_restarts
         self._on_restart = on_restart
         self._policy_version = 0
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start_ray()
+            _start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
         actors = [self._create_actor() for _ in range(config.rollout.engines)]
         self._starts = [actor.start.remote() for actor in actors]
         self._engines = [EngineState(i, actor, max_requests=0) for i, actor in enumerate(actors)]
@@ -193,8 +198,8 @@ class RolloutFleet:
         engine.actor = self._create_actor()
         self._wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
-        if self._head is not None and self._head.arguments is not None:
-            ray.get(engine.actor.update_drafter.remote(*self._head.arguments))
+        if self._head is not None:
+            ray.get(engine.actor.update_drafter.remote(*self._head))
         self._on_restart(index)
 
     def update_drafter(self, tensors: Mapping[str, Tensor], version: int) -> None:
@@ -202,16 +207,16 @@ class RolloutFleet:
 
         `tensors` are those of the head's checkpoint, by their names there (CPU, any floating dtype; `d2t` too where it
         has one). What the head shares with the policy is not among them and stays as it is. `version` is reported with
-        `SpeculationCounts`. The weights go through shared memory: the engines are on this node.
+        `SpeculationCounts`. The weights go through Ray's object store, once to every node that has engines.
 
         Raises ValueError when they are not the tensors of the head that the engines started with, RuntimeError without
         an EAGLE head.
         """
-        if self._head is None:
+        if self._head_folder is None:
             raise RuntimeError("rollout.speculation.drafters does not name eagle: the engines have no head to update.")
-        self._head.write(tensors, version)
-        assert self._head.arguments is not None
-        calls = [engine.actor.update_drafter.remote(*self._head.arguments) for engine in self._engines]
+        check_head(tensors, self._head_folder)
+        self._head = ray.put(pack_head(tensors, getattr(torch, self._environment.dtype))), version
+        calls = [engine.actor.update_drafter.remote(*self._head) for engine in self._engines]
         for index, call in enumerate(calls):
             try:
                 ray.get(call)
@@ -274,20 +279,13 @@ class RolloutFleet:
         for engine in self._engines:
             ray.kill(engine.actor)
         self._engines = []
-        if self._head is not None:
-            self._head.close()
+        self._head = None
         if self._owns_ray:
             ray.shutdown()
 
 
-def _head_segment(config: Config, arguments: dict[str, Any]) -> HeadSegment | None:
-    if not config.rollout.speculation.uses_head:
-        return None
-    name = segment_name(str(Path(config.run_dir).resolve())) + "-head"
-    return HeadSegment(name, arguments["speculative_config"]["model"])
-
-
-def _start_ray() -> None:
+def _start_ray(head_bytes: int = 0) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads."""
     # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
     os.environ.setdefault("RAY_worker_niceness", "0")
     if os.environ.get("RAY_ADDRESS"):
@@ -298,7 +296,7 @@ def _start_ray() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
+        object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
     )
 
 

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.checksum import PartialChecksums, partial_checksum
-from rollout.shm_transfer import TensorPlace, map_segment, segment_bytes
+from rollout.head_weights import PackedHead, unpack_head
 from rollout.vllm_patch import verify_clock
 
 # (HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part)
@@ -46,13 +46,12 @@ class WorkerExtension:
         verify_clock.seconds = 0.0
         return seconds
 
-    def load_head(self, segment: str, places: list[TensorPlace]) -> None:
-        """Load the EAGLE head from a shared memory segment. The modules that it shares with the policy take no part."""
-        mapped = map_segment(segment, segment_bytes(places))
+    def load_head(self, packed: PackedHead) -> None:
+        """Load new weights into the EAGLE head. The modules that it shares with the policy take no part."""
         head = self.model_runner.get_draft_model()
         with set_current_vllm_config(self.vllm_config), _without_shared(head, self.model_runner.get_model()):
             initialize_layerwise_reload(head)
-            head.load_weights((place.name, place.view(mapped)) for place in places)
+            head.load_weights(unpack_head(packed))
             finalize_layerwise_reload(head, self.vllm_config.speculative_config.draft_model_config)
 
     @torch.inference_mode()

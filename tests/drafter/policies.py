@@ -121,12 +121,14 @@ def train(
 
 
 @torch.no_grad()
-def sample(model: Any, prompts: list[list[int]], new_tokens: int, seed: int = 0) -> list[list[int]]:
-    """Rollouts at temperature 1, of prompts of equal length."""
+def sample(
+    model: Any, prompts: list[list[int]], new_tokens: int, seed: int = 0, vocab_limit: int | None = None
+) -> list[list[int]]:
+    """Rollouts at temperature 1, of prompts of equal length; token ids from `vocab_limit` on are never sampled."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor(prompts)
     for _ in range(new_tokens):
-        chances = F.softmax(model(tokens).logits[:, -1].float(), dim=-1)
+        chances = F.softmax(model(tokens).logits[:, -1, :vocab_limit].float(), dim=-1)
         tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
     result: list[list[int]] = tokens.tolist()
     return result

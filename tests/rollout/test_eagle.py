@@ -21,7 +21,7 @@ from rollout.checksum import differing
 from rollout.eagle import LINGER
 from rollout.engine import engine_arguments
 from rollout.fleet import RolloutFleet
-from rollout.head_segment import HeadSegment
+from rollout.head_weights import pack_head
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 from rollout.weight_sync import WeightSync, segment_name
 from tests.drafter.policies import model_features, model_weights, pack, train
@@ -72,13 +72,9 @@ def trained(other_model: Path, expected: list[Rollout]) -> EagleHead:
 
 
 @pytest.fixture(scope="module")
-def pushed(other_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+def pushed(other_model: Path) -> tuple:
     """Arguments of `update_drafter` for another random head."""
-    folder = tmp_path_factory.mktemp("pushed")
-    segment = HeadSegment(segment_name(str(folder)), str(folder))
-    segment.write(head_tensors(random_head(other_model, 2)), version=3)
-    yield segment.arguments
-    segment.close()
+    return pack_head(head_tensors(random_head(other_model, 2)), torch.float32), 3
 
 
 def test_switching_drafters_and_heads_in_mid_run_does_not_change_the_tokens(

@@ -57,7 +57,7 @@ def generate(tail: TailFiller) -> list[int]:
 def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_at: int) -> dict:
     trainer = Trainer(config, runtime, Architecture.from_folder(config.model.path), VOCAB, 1.0)
     coordinator, fleet = Coordinator(runtime), FakeFleet() if runtime.is_driver else None
-    head = initial_head(config, frozen_policy(trainer.weights))
+    head = initial_head(config, frozen_policy(trainer.weights, VOCAB))
     drafting = Drafting(config, runtime, trainer, head, coordinator, fleet)
     done = latest_step(run_dir) or 0
     if done:

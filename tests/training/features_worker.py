@@ -17,6 +17,7 @@ from tests.training.parity_worker import TEMPERATURE, make_config
 
 AUX_LAYERS = (0, 1, 2, 3)
 WINDOW = 24  # shorter than most sequences
+CUT = 90  # rows of the output layer that are kept of 99
 
 
 def main() -> None:
@@ -38,8 +39,9 @@ def main() -> None:
         results[name] = {"logprobs": logprobs, "rows": [(w, vars(row)) for w, row in tap.take()]}
         policy.logprobs(batch)
         assert not any(tap._taken.values()), "recorded outside of `recording`"
-    frozen = frozen_policy(PolicyWeights(policy.model, arch))
-    torch.save({**results, "policy": vars(frozen)}, output / f"rank{runtime.rank}.pt")
+    weights = PolicyWeights(policy.model, arch)
+    frozen, cut = frozen_policy(weights, arch.vocab_size), frozen_policy(weights, CUT)
+    torch.save({**results, "policy": vars(frozen), "cut": vars(cut)}, output / f"rank{runtime.rank}.pt")
     device.shutdown()
 
 

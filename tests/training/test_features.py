@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.batch import Batch
 from megatron_rl.features import Window, plan_windows
 from tests.launching import run_workers
-from tests.training.features_worker import AUX_LAYERS, WINDOW
+from tests.training.features_worker import AUX_LAYERS, CUT, WINDOW
 from tests.training.models import make_models, random_sequences
 from tests.training.parity_worker import TEMPERATURE
 
@@ -47,6 +47,8 @@ def test_features_equal_transformers_and_predict_the_next_token(tp: int, pp: int
     for rank in ranks:
         assert torch.equal(rank["policy"]["embedding"], reference.model.embed_tokens.weight)
         assert torch.equal(rank["policy"]["lm_head"], reference.lm_head.weight)
+        assert torch.equal(rank["cut"]["embedding"], reference.model.embed_tokens.weight)
+        assert torch.equal(rank["cut"]["lm_head"], reference.lm_head.weight[:CUT])
 
 
 @torch.no_grad()

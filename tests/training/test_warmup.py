@@ -19,6 +19,7 @@ from megatron_rl.heads import initial_head
 from megatron_rl.warmup import read_rollouts
 from tests.drafter.policies import sample, small_config
 from tests.launching import ROOT
+from tests.rollout.helpers import VOCAB_LIMIT
 from tests.rollout.tiny_models import make_model
 
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     make_model(folder / "model", seed=3)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     prompts = [[10 + number, 11, 12] for number in range(24) for _ in range(4)]
-    rollouts = sample(model, prompts, 40)
+    rollouts = sample(model, prompts, 40, vocab_limit=VOCAB_LIMIT)
     lines = [json.dumps({"prompt_ids": tokens[:3], "token_ids": tokens[3:]}) for tokens in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
     config = {
