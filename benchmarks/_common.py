@@ -19,6 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
+# Python looks in a script's own folder first, where drafter.py would hide the package of that name.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron_rl.results import publish
 
 
