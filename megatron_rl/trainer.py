@@ -271,14 +271,16 @@ class Trainer(Policy):
         self.optimizer.zero_grad()
         results = self._run(batch, loss, forward_only=False, progress=progress)
         rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
+        # Nothing to learn from: momentum and weight decay must not move the weights either.
+        skipped = not bool(batch.values["weights"].any())
+        if skipped:
+            rate = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Nothing to learn from: a step would still move the weights, by momentum and weight decay.
-        skipped = not bool(batch.values["weights"].any())
-        grad_norm = 0.0 if skipped else float(self.optimizer.step()[1])
+        _, grad_norm, _ = self.optimizer.step()
         self.updates += 1
         metrics = self._sum_on_driver(results)
-        own = {"grad_norm": grad_norm, "lr": rate, "skipped": float(skipped)}
+        own = {"grad_norm": float(grad_norm), "lr": rate, "skipped": float(skipped)}
         return metrics | own if self.runtime.is_driver else {}
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:

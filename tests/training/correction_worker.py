@@ -10,7 +10,8 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_rl import device
-from megatron_rl.batch import Batch
+from megatron_rl.batch import Batch, with_values
+from megatron_rl.checkpoint import save_checkpoint
 from megatron_rl.config import Config
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
@@ -61,13 +62,16 @@ def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     return results
 
 
+def out_of_reach(batch: Batch) -> Batch:
+    return with_values(batch, rollout_logprobs=batch.values["old_logprobs"] + 50)
+
+
 def rejected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     """An update as usual, which gives the optimizer momentum, and one whose tokens are all rejected."""
     trainer.config = make_config(model, {"veto": 1e-3})
     usual = trainer.update(batch)
     before = pieces(trainer.weights)
-    far = {**batch.values, "rollout_logprobs": batch.values["old_logprobs"] + 50}
-    metrics = trainer.update(Batch(batch.prompts, batch.responses, far))
+    metrics = trainer.update(out_of_reach(batch))
     after = pieces(trainer.weights)
     again = trainer.update(batch)
     return {"usual": usual, "metrics": metrics, "before": before, "after": after, "again": again}
@@ -79,6 +83,10 @@ def main() -> None:
     config = make_config(model, {})
     runtime = device.initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
+    # Even a run that has rejected everything so far can be saved.
+    trainer.config = make_config(model, {"veto": 1e-3})
+    trainer.update(out_of_reach(batch))
+    save_checkpoint(trainer, str(output / "run"), 1, 1)
     # Reduce-scattered gradients would be whole on no rank.
     trainer.model.config.finalize_model_grads_func = lambda *arguments, **options: finalize_model_grads(
         *arguments, **(options | {"force_all_reduce": True})
