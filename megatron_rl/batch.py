@@ -23,7 +23,7 @@ class Batch:
     prompts: list[list[int]]
     responses: list[list[int]]
     values: dict[str, Float[torch.Tensor, "tokens"]] = field(default_factory=dict)
-    """Per-token values: rollout_logprobs, old_logprobs, ref_logprobs, advantages, weights."""
+    """Per-token values: rollout_logprobs, old_logprobs, ref_logprobs, advantages, importance, weights."""
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "Batch":

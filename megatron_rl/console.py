@@ -24,7 +24,11 @@ COLUMNS = (
     ("upd s", "time/update", 8, ".2f"),
     ("sync s", "time/weight_sync", 8, ".2f"),
 )
-COUNTS_WORTH_A_NOTE = {"reward/errors": "reward errors", "reward/timeouts": "reward timeouts"}
+COUNTS_WORTH_A_NOTE = {
+    "reward/errors": "reward errors",
+    "reward/timeouts": "reward timeouts",
+    "correction/skipped_updates": "updates skipped: algorithm.correction rejected all tokens, widen its bounds",
+}
 
 
 class Phase:

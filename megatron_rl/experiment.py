@@ -9,7 +9,7 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import mismatch_metrics
+from megatron_rl.algorithms import correct_mismatch, mismatch_metrics
 from megatron_rl.batch import Batch
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
@@ -154,8 +154,9 @@ class Experiment:
         """All metrics of a step, on the driver; elsewhere an empty dict."""
         if not self.runtime.is_driver:
             return {}
-        correction = self.config.algorithm.correction
-        gap = mismatch_metrics(batch.values["old_logprobs"], batch.values["rollout_logprobs"], correction.cap)
+        old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
+        gap = mismatch_metrics(old, rollout)
+        correction = correct_mismatch(old, rollout, batch.lengths, self.config.algorithm.correction).metrics()
         seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
         sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
         metrics = {
@@ -163,8 +164,8 @@ class Experiment:
             "logprob_gap/max": gap["max_abs"],
             "correction/ess": gap["ess"],
             "correction/kl": gap["kl"],
-            "correction/clipped_share": gap["clipped_share"],
-            "correction/weight_mean": update.get("tis_weight", 1.0),
+            **{f"correction/{name}": value for name, value in correction.items()},
+            "correction/skipped_updates": update["skipped"] * self.config.train.minibatches,
             "loss/policy": update["policy_loss"],
             "loss/entropy": update["entropy"],
             "loss/clip_share": update["clip_share"],

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drafter.bubbles import BubbleCommunicator
 from drafter.fill import ThreadFill
-from megatron_rl.algorithms import PolicyTokens, policy_objective, token_weights
+from megatron_rl.algorithms import PolicyTokens, correct_mismatch, policy_objective, token_weights
 from megatron_rl.batch import Batch, Microbatch, build_microbatch, plan_microbatches, with_values
 from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
 from megatron_rl.config import Config
@@ -214,16 +214,25 @@ class Trainer(Policy):
         `batch` carries rollout_logprobs, old_logprobs, advantages and, with a KL penalty, ref_logprobs.
 
         Returns:
-            On rank 0, means over the mini-batches of what `policy_objective` reports, and the gradient norm and
-            learning rate; elsewhere an empty dict.
+            On rank 0, means over the mini-batches of what `policy_objective` reports, of the gradient norm and learning
+            rate, and of `skipped`: 1 for a mini-batch whose tokens were all rejected, which leaves the policy as it is.
+            Elsewhere an empty dict.
         """
         algorithm, parts = self.config.algorithm, self.config.train.minibatches
         size = len(batch.prompts) // parts
         collected: list[Metrics] = []
         for part in range(parts):
             minibatch = batch.select(part * size, (part + 1) * size)
-            minibatch = with_values(minibatch, weights=token_weights(minibatch.lengths, algorithm.aggregation))
-            total_tokens = minibatch.tokens
+            # Constants of the whole mini-batch, the same on every rank: how it is split cannot change them.
+            correction = correct_mismatch(
+                minibatch.values["old_logprobs"],
+                minibatch.values["rollout_logprobs"],
+                minibatch.lengths,
+                algorithm.correction,
+            )
+            weights = token_weights(minibatch.lengths, algorithm.aggregation, correction.kept)
+            minibatch = with_values(minibatch, importance=correction.weights, weights=weights)
+            total_tokens = int(correction.kept.sum())
 
             def loss(
                 microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor, total: int = total_tokens
@@ -233,7 +242,7 @@ class Trainer(Policy):
                     new_logprobs=logprobs,
                     entropy=entropies,
                     old_logprobs=values["old_logprobs"],
-                    rollout_logprobs=values["rollout_logprobs"],
+                    importance=values["importance"],
                     ref_logprobs=values.get("ref_logprobs"),
                     advantages=values["advantages"],
                     weights=values["weights"],
@@ -262,12 +271,17 @@ class Trainer(Policy):
         self.optimizer.zero_grad()
         results = self._run(batch, loss, forward_only=False, progress=progress)
         rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
+        # Nothing to learn from: momentum and weight decay must not move the weights either.
+        skipped = not bool(batch.values["weights"].any())
+        if skipped:
+            rate = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         _, grad_norm, _ = self.optimizer.step()
         self.updates += 1
         metrics = self._sum_on_driver(results)
-        return metrics | {"grad_norm": float(grad_norm), "lr": rate} if self.runtime.is_driver else {}
+        own = {"grad_norm": float(grad_norm), "lr": rate, "skipped": float(skipped)}
+        return metrics | own if self.runtime.is_driver else {}
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
         mine: Metrics = {}

@@ -41,6 +41,13 @@ def test_scoring_problems_are_noted_only_when_there_are_some() -> None:
     assert [line.endswith("3 reward errors") for line in out.getvalue().splitlines()] == [False, False, True]
 
 
+def test_a_skipped_update_is_noted_with_its_key() -> None:
+    console, out = make(False)
+    console.step(1, 9, METRICS | {"correction/skipped_updates": 0.0})
+    console.step(2, 9, METRICS | {"correction/skipped_updates": 1.0})
+    assert ["algorithm.correction" in line for line in out.getvalue().splitlines()] == [False, False, True]
+
+
 def test_a_value_that_is_not_a_number_does_not_break_the_row() -> None:
     console, out = make(False)
     console.step(1, 9, {"reward/mean": math.nan, "optim/grad_norm": math.inf})

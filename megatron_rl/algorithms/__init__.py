@@ -6,18 +6,19 @@ other; `lengths [batch]` are the response lengths.
 
 from megatron_rl.algorithms.advantages import grpo_advantages
 from megatron_rl.algorithms.aggregation import token_weights
-from megatron_rl.algorithms.correction import mismatch_metrics, tis_weights
+from megatron_rl.algorithms.correction import TokenCorrection, correct_mismatch, mismatch_metrics
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.loss import ppo_loss
 from megatron_rl.algorithms.objective import PolicyTokens, policy_objective
 
 __all__ = [
     "PolicyTokens",
+    "TokenCorrection",
+    "correct_mismatch",
     "grpo_advantages",
     "kl_estimate",
     "mismatch_metrics",
     "policy_objective",
     "ppo_loss",
-    "tis_weights",
     "token_weights",
 ]

@@ -3,13 +3,15 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 
-def token_weights(lengths: Int[Tensor, "batch"], aggregation: Aggregation) -> Float[Tensor, "tokens"]:
+def token_weights(
+    lengths: Int[Tensor, "batch"], aggregation: Aggregation, kept: Bool[Tensor, "tokens"] | None = None
+) -> Float[Tensor, "tokens"]:
     """Weights such that `sum(weights * token_losses)` is the aggregated loss of a whole mini-batch.
 
     Computed once for the global mini-batch and cut along with it: the sum over micro-batches and data-parallel ranks
@@ -23,15 +25,21 @@ def token_weights(lengths: Int[Tensor, "batch"], aggregation: Aggregation) -> Fl
         lengths: response lengths of all sequences of the mini-batch. Sequences of length 0 own no weight and do not
             count as sequences.
         aggregation: one of the three.
+        kept: False for tokens that a correction rejected; None: all are kept. Rejected tokens have weight 0, and sums
+            and means are what they would be if these tokens did not exist.
 
     Returns:
         float32 weights of all response tokens, sequence after sequence.
     """
-    present = (lengths > 0).sum().clamp(min=1)
+    if kept is None:
+        kept = torch.ones(int(lengths.sum()), dtype=torch.bool)
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+    counts = torch.bincount(sequence[kept], minlength=len(lengths))
+    present = (counts > 0).sum().clamp(min=1)
     if aggregation == "token-mean":
-        per_sequence = torch.ones_like(lengths, dtype=torch.float64) / lengths.sum().clamp(min=1)
+        per_sequence = torch.ones_like(counts, dtype=torch.float64) / counts.sum().clamp(min=1)
     elif aggregation == "seq-mean-token-sum":
-        per_sequence = torch.ones_like(lengths, dtype=torch.float64) / present
+        per_sequence = torch.ones_like(counts, dtype=torch.float64) / present
     else:
-        per_sequence = 1.0 / (present.double() * lengths.clamp(min=1))
-    return per_sequence.float().repeat_interleave(lengths)
+        per_sequence = 1.0 / (present.double() * counts.clamp(min=1))
+    return per_sequence.float()[sequence] * kept

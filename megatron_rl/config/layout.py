@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import Config
+    from megatron_rl.config.schema import Config, Correction
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -40,6 +40,7 @@ def check_sections(config: "Config") -> None:
         raise ConfigError(
             f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
         )
+    _check_correction(config.algorithm.correction)
     arithmetic = data.arithmetic
     if arithmetic.min_doublings > arithmetic.max_doublings:
         raise ConfigError("data.arithmetic.min_doublings must not be larger than data.arithmetic.max_doublings.")
@@ -47,6 +48,30 @@ def check_sections(config: "Config") -> None:
         raise ConfigError(
             f"data.arithmetic.digits={arithmetic.digits} leaves fewer than {MIN_NUMBERS} numbers to double "
             f"data.arithmetic.max_doublings={arithmetic.max_doublings} times; raise the first or lower the second."
+        )
+
+
+def _check_correction(correction: "Correction") -> None:
+    kind, level = correction.kind, correction.level
+    if level == "geometric" and kind != "mask":
+        raise ConfigError(
+            f"algorithm.correction.level=geometric needs algorithm.correction.kind=mask, not {kind}; "
+            "set one of them to another value."
+        )
+    if level != "token" and kind == "none":
+        raise ConfigError(
+            f"algorithm.correction.level={level} has no meaning with algorithm.correction.kind=none; "
+            "set level to token or kind to tis or mask."
+        )
+    if correction.floor is not None and kind != "mask":
+        raise ConfigError(
+            f"algorithm.correction.floor={correction.floor} needs algorithm.correction.kind=mask, not {kind}; "
+            "set floor to null or kind to mask."
+        )
+    if correction.normalize and kind == "none":
+        raise ConfigError(
+            "algorithm.correction.normalize=true has no meaning with algorithm.correction.kind=none; "
+            "set it to false or kind to tis or mask."
         )
 
 

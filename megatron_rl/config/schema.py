@@ -147,12 +147,23 @@ class Kl(Section):
 
 
 class Correction(Section):
-    """Correction for the difference between the engine that generated and the trainer that learns."""
+    """Correction for the difference between the engine that generated and the trainer that learns (see
+    `docs/correction.md`)."""
 
-    kind: Literal["none", "tis"] = "tis"
-    """tis: truncated importance sampling, the token loss times `min(exp(old - rollout), cap)`."""
-    cap: PositiveFloat = 2.0
-    """Largest importance weight."""
+    kind: Literal["none", "tis", "mask"] = "tis"
+    """tis: truncated importance sampling, the token loss times `min(ratio, cap)`, `ratio = exp(old - rollout)`; mask
+    (MIS, IcePop): the loss times the ratio, and no training on tokens whose ratio is outside [floor, cap]."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio counts. token: the token's own; sequence: the product over the response; geometric: the geometric
+    mean over the response (for mask only)."""
+    cap: float = Field(2.0, ge=1)
+    """Largest ratio: larger ones are cut (tis) or rejected (mask)."""
+    floor: float | None = Field(None, gt=0, le=1)
+    """Smallest ratio of mask: smaller ones are rejected; null: no lower bound."""
+    veto: float | None = Field(None, gt=0, lt=1)
+    """Reject every response that has a token with a ratio below this, such as 1e-4, whatever the kind; null: none."""
+    normalize: bool = False
+    """Divide the weights by their mean over the mini-batch."""
 
 
 class Algorithm(Section):

@@ -28,3 +28,26 @@ def test_the_weighted_sum_is_the_aggregated_loss():
     assert (losses * token_weights(LENGTHS, "token-mean")).sum().item() == pytest.approx(27 / 6)
     assert (losses * token_weights(LENGTHS, "seq-mean-token-sum")).sum().item() == pytest.approx((5 + 6 + 16) / 3)
     assert (losses * token_weights(LENGTHS, "seq-mean-token-mean")).sum().item() == pytest.approx((5 + 2 + 8) / 3)
+
+
+KEPT = torch.tensor([False, True, False, True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token-mean", [0, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4]),
+        ("seq-mean-token-sum", [0, 1 / 2, 0, 1 / 2, 1 / 2, 1 / 2]),
+        ("seq-mean-token-mean", [0, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4]),
+    ],
+)
+def test_rejected_tokens_and_responses_leave_the_denominator(aggregation, expected):
+    # The first response is rejected whole, of the second one token.
+    torch.testing.assert_close(token_weights(LENGTHS, aggregation, KEPT), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_rejected_tokens_count_as_if_they_were_not_there(aggregation):
+    without = token_weights(torch.tensor([0, 2, 0, 2]), aggregation)
+    torch.testing.assert_close(token_weights(LENGTHS, aggregation, KEPT)[KEPT], without)
+    assert token_weights(LENGTHS, aggregation, torch.zeros(6, dtype=torch.bool)).tolist() == [0] * 6

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_rl.algorithms import PolicyTokens, policy_objective, token_weights
+from megatron_rl.algorithms import PolicyTokens, correct_mismatch, policy_objective, token_weights
 from megatron_rl.config.schema import Algorithm, Correction, Kl
 
 FULL = Algorithm(
@@ -13,8 +13,15 @@ FULL = Algorithm(
     dual_clip=3.0,
     entropy_coef=0.1,
     kl=Kl(coef=0.5, estimator="k2"),
-    correction=Correction(kind="tis", cap=2.0),
 )
+CORRECTIONS = [
+    Correction(),
+    Correction(level="sequence", normalize=True),
+    Correction(kind="mask", cap=1.15, floor=0.5, normalize=True),
+    Correction(kind="mask", level="sequence", cap=1.5, veto=0.5),
+    Correction(kind="mask", level="geometric", cap=1.2),
+]
+AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 
 def _log(*values):
@@ -28,14 +35,14 @@ def test_all_terms_by_hand():
         new_logprobs=new,
         entropy=torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True),
         old_logprobs=old,
-        rollout_logprobs=old - _log(4.0, 0.5),
+        importance=torch.tensor([2.0, 0.5], dtype=torch.float64),
         ref_logprobs=new.detach() - torch.tensor([1.0, 2.0], dtype=torch.float64),
         advantages=torch.tensor([2.0, -1.0], dtype=torch.float64),
         weights=torch.tensor([0.25, 0.75], dtype=torch.float64),
         total_tokens=4,
     )
     loss, metrics = policy_objective(tokens, FULL)
-    # Token 1: r = 1.5 clipped at 1.3, -2.6; importance weight min(4, 2) = 2; KL 1/2; entropy 1.
+    # Token 1: r = 1.5 clipped at 1.3, -2.6; importance weight 2; KL 1/2; entropy 1.
     # Token 2: r = 1, 1.0; importance weight 1/2; KL 2; entropy 2.
     policy = 0.25 * (-2.6 * 2) + 0.75 * (1.0 * 0.5)
     assert loss.item() == pytest.approx(policy + 0.5 * (0.25 * 0.5 + 0.75 * 2) - 0.1 * (0.25 * 1 + 0.75 * 2))
@@ -45,18 +52,17 @@ def test_all_terms_by_hand():
             "policy_loss": policy,
             "clip_share": 1 / 4,
             "entropy": 3 / 4,
-            "tis_weight": 2.5 / 4,
             "kl": 2.5 / 4,
             "update_kl": (1.5 - 1 - math.log(1.5)) / 4,
         }
     )
     loss.backward()
-    # Token 1's policy gradient is clipped away; the KL gives coef * d * weight. Token 2: -r A w tis + KL.
+    # Token 1's policy gradient is clipped away; the KL gives coef * d * weight. Token 2: -r A w importance + KL.
     assert new.grad.tolist() == pytest.approx([0.5 * 1.0 * 0.25, 1.0 * 0.5 * 0.75 + 0.5 * 2.0 * 0.75])
     assert tokens.entropy.grad.tolist() == pytest.approx([-0.1 * 0.25, -0.1 * 0.75])
 
 
-def _random_batch(lengths, aggregation):
+def _random_batch(lengths, aggregation, correction=CORRECTIONS[0]):
     generator = torch.Generator().manual_seed(1)
     count = int(lengths.sum())
 
@@ -64,27 +70,31 @@ def _random_batch(lengths, aggregation):
         return -torch.rand(count, generator=generator, dtype=torch.float64) * 3
 
     old = sample()
+    corrected = correct_mismatch(old, old + 0.1 * sample(), lengths, correction)
     return PolicyTokens(
         new_logprobs=old + 0.3 * sample() + 0.4,
         entropy=-sample(),
         old_logprobs=old,
-        rollout_logprobs=old + 0.1 * sample(),
+        importance=corrected.weights,
         ref_logprobs=sample(),
         advantages=torch.randn(len(lengths), generator=generator, dtype=torch.float64).repeat_interleave(lengths),
-        weights=token_weights(lengths, aggregation),
-        total_tokens=count,
+        weights=token_weights(lengths, aggregation, corrected.kept),
+        total_tokens=int(corrected.kept.sum()),
     )
 
 
+NAMES = ("new_logprobs", "entropy", "old_logprobs", "importance", "ref_logprobs", "advantages", "weights")
+
+
 def _part(tokens, start, stop):
-    names = ("new_logprobs", "entropy", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "weights")
-    return replace(tokens, **{name: getattr(tokens, name)[start:stop] for name in names})
+    return replace(tokens, **{name: getattr(tokens, name)[start:stop] for name in NAMES})
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batches(aggregation):
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batches(aggregation, correction):
     lengths = torch.tensor([1, 4, 2, 0, 7, 1])
-    whole = _random_batch(lengths, aggregation)
+    whole = _random_batch(lengths, aggregation, correction)
     whole.new_logprobs.requires_grad_()
     loss, metrics = policy_objective(whole, FULL)
     (gradient,) = torch.autograd.grad(loss, whole.new_logprobs)
@@ -103,15 +113,61 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batches(aggregatio
         assert sums == pytest.approx({name: value.item() for name, value in metrics.items()})
 
 
-def test_correction_off_ignores_the_engine_log_probs():
+@pytest.mark.parametrize("correction", [form for form in CORRECTIONS if form.kind == "mask"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_rejected_tokens_change_neither_loss_nor_gradient_nor_metrics(aggregation, correction):
+    lengths = torch.tensor([1, 4, 2, 0, 7, 1])
+    batch = _random_batch(lengths, aggregation, correction)
+    rejected = batch.weights == 0
+    assert 0 < rejected.sum() < len(rejected)
+
+    def learn(tokens):
+        tokens.new_logprobs.requires_grad_()
+        tokens.entropy.requires_grad_()
+        loss, metrics = policy_objective(tokens, FULL)
+        return loss, metrics, *torch.autograd.grad(loss, (tokens.new_logprobs, tokens.entropy))
+
+    loss, metrics, *gradients = learn(batch)
+    for gradient in gradients:
+        assert (gradient[rejected] == 0).all()
+        assert (gradient[~rejected] != 0).any()
+    for value in (0.0, -50.0, -math.inf, math.nan):
+        others = {name: getattr(batch, name).detach().clone() for name in NAMES}
+        for name in set(NAMES) - {"weights"}:
+            others[name][rejected] = value
+        other_loss, other_metrics, *other_gradients = learn(replace(batch, **others))
+        assert other_loss.item() == loss.item()
+        assert other_metrics == metrics
+        for gradient, other in zip(gradients, other_gradients, strict=True):
+            assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_rejecting_tokens_is_training_without_them(aggregation):
+    lengths = torch.tensor([1, 4, 2, 0, 7, 1])
+    correction = Correction(kind="mask", cap=1.15)
+    batch = _random_batch(lengths, aggregation, correction)
+    kept = batch.weights > 0
+    remaining = torch.stack([part.sum() for part in kept.split(lengths.tolist())])
+    shorter = replace(batch, **{name: getattr(batch, name)[kept] for name in NAMES})
+    shorter = replace(shorter, weights=token_weights(remaining, aggregation))
+    expected, expected_metrics = policy_objective(shorter, FULL)
+    loss, metrics = policy_objective(batch, FULL)
+    assert loss.item() == pytest.approx(expected.item())
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {name: value.item() for name, value in expected_metrics.items()}
+    )
+
+
+def test_a_batch_that_is_rejected_whole_has_loss_and_gradient_0():
     batch = _random_batch(torch.tensor([3, 2]), "token-mean")
-    plain = Algorithm(correction=Correction(kind="none"))
-    loss, metrics = policy_objective(batch, plain)
-    other, _ = policy_objective(replace(batch, rollout_logprobs=batch.rollout_logprobs - 1), plain)
-    assert loss.item() == other.item()
-    assert "tis_weight" not in metrics
-    corrected, _ = policy_objective(batch, Algorithm())
-    assert corrected.item() != pytest.approx(loss.item())
+    batch = replace(batch, weights=torch.zeros(5), total_tokens=0)
+    batch.new_logprobs.requires_grad_()
+    loss, metrics = policy_objective(batch, FULL)
+    loss.backward()
+    assert loss.item() == 0
+    assert batch.new_logprobs.grad.tolist() == [0] * 5
+    assert {value.item() for value in metrics.values()} == {0}
 
 
 def test_kl_without_reference_log_probs_is_an_error():

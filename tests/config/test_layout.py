@@ -39,6 +39,39 @@ def test_sections_must_fit_each_other():
 
 
 @pytest.mark.parametrize(
+    ("correction", "key"),
+    [
+        ({"kind": "tis", "level": "geometric"}, "algorithm.correction.level=geometric needs"),
+        ({"kind": "none", "level": "geometric"}, "algorithm.correction.level=geometric needs"),
+        ({"kind": "none", "level": "sequence"}, "algorithm.correction.level=sequence has no meaning"),
+        ({"kind": "tis", "floor": 0.5}, "algorithm.correction.floor=0.5 needs"),
+        ({"kind": "none", "floor": 0.5}, "algorithm.correction.floor=0.5 needs"),
+        ({"kind": "none", "normalize": True}, "algorithm.correction.normalize=true has no meaning"),
+        ({"cap": 0.9}, "algorithm.correction.cap"),
+        ({"kind": "mask", "floor": 1.1}, "algorithm.correction.floor"),
+        ({"veto": 0.0}, "algorithm.correction.veto"),
+    ],
+)
+def test_a_correction_that_means_nothing_is_refused(correction, key):
+    _refused(key, algorithm={"correction": correction})
+
+
+@pytest.mark.parametrize(
+    "correction",
+    [
+        {"kind": "none", "veto": 1e-4},
+        {"level": "sequence", "normalize": True},
+        {"kind": "mask", "floor": 0.5, "cap": 5.0, "veto": 1e-4},
+        {"kind": "mask", "level": "sequence"},
+        {"kind": "mask", "level": "geometric", "floor": 0.99, "cap": 1.01, "normalize": True},
+    ],
+)
+def test_every_form_of_correction_is_accepted(correction):
+    found = _config(algorithm={"correction": correction}).algorithm.correction
+    assert {key: getattr(found, key) for key in correction} == correction
+
+
+@pytest.mark.parametrize(
     ("sections", "hf", "parts"),
     [
         ({"parallel": {"tp_size": 4}}, {}, ["parallel.tp_size=4", "num_attention_heads=6"]),
