@@ -1,6 +1,6 @@
 """The trainer's log-probs and entropies: the native operators beside the same in torch, and the reading of the logits.
 
-    python -m benchmarks.logprobs [--quick] [--json FILE]
+    python benchmarks/logprobs.py [--quick] [--json FILE]
 
 `fused` are the native operators, `torch` the functions that other devices use, `chunks` the latter with temporaries
 that fit the L2 cache. `+` adds the gradient of log-probs and entropies to the forward pass. `amax` is one
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._common import finish, measure, parse_arguments
+from _common import finish, measure, parse_arguments
 from megatron_rl import logprobs
 from megatron_rl.device import shared_environment
 
@@ -80,7 +80,7 @@ def main() -> None:
     """Measure and report."""
     if not shared_environment().items() <= os.environ.items():
         os.environ.update(shared_environment())
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.logprobs", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     arguments = parse_arguments(__doc__)
     rows: list[dict[str, Any]] = []
     for count, vocab in QUICK if arguments.quick else SHAPES:

@@ -1,6 +1,6 @@
 """The verifier beside vLLM's own sampling and verification, and beside the mere reading of the logits.
 
-    python -m benchmarks.verifier [--quick] [--json FILE]
+    python benchmarks/verifier.py [--quick] [--json FILE]
 
 Float32 logits at temperature 1. `vLLM` is its sampler (no drafts) or rejection sampler (drafts), with the log-probs of
 the sampled tokens; its CPU build leaves the temperatures of drafts uninitialised, which is repaired here. `amax` is one
@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from torch import Tensor
 
-from benchmarks._common import finish, measure, parse_arguments
+from _common import finish, measure, parse_arguments
 from rollout.verify import verify_tokens
 
 REFERENCE = (151_936, 32, 4)  # vocabulary, requests, drafts per request
