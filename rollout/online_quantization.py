@@ -122,13 +122,14 @@ class OneDnnInt8Kernel(CPUInt8ScaledMMLinearKernel):
         self._handle = torch.zeros((), dtype=torch.int64, device="cpu")
         self._out_features = 0
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weight = layer.weight
         if self._scale is None:
             self._scale = layer.weight_scale
         else:
             self._scale.data.copy_(layer.weight_scale)
             layer.weight_scale = self._scale
+        assert self._scale is not None
         self._release()
         create = torch.ops._C.create_onednn_scaled_mm_handler
         self._handle.fill_(create(weight.t(), self._scale, layer.orig_dtype, True, False, _PRIMITIVES))
@@ -157,15 +158,15 @@ class Float32HeadMethod(UnquantizedEmbeddingMethod):
     On CPU it multiplies with a packed float32 copy, made anew with every weight; on CUDA it accumulates in float32.
     """
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not current_platform.is_cpu():
             return
-        wide = Module()
+        wide: Any = Module()
         wide.weight = Parameter(layer.weight.float(), requires_grad=False)
         dispatch_cpu_unquantized_gemm(wide, remove_weight=True)
         layer.cpu_linear = wide.cpu_linear
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] times the weight, plus bias [out]: logits [rows, out] float32."""
         bias = None if bias is None else bias.float()
         if current_platform.is_cpu():
