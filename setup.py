@@ -131,6 +131,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension("rollout._verify", verify, libraries=["torch_cpu"]),
         Extension("megatron_rl._logprobs", logprobs, libraries=["torch_cpu"]),
+        Extension("rollout._int8", ["csrc/int8_linear.cpp"], libraries=["torch_cpu"]),
         Extension("rollout._ngram", ["csrc/ngram.cpp"]),
     ]
     if find_nvcc():

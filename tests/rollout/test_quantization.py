@@ -196,8 +196,8 @@ def engines(
         for fleet in fleets:
             fleet.wait_until_up()
         yield (*fleets, *fresh)
-        for fleet in fleets[::-1]:
-            fleet.shutdown()
+    for fleet in fleets[::-1]:
+        fleet.shutdown()
 
 
 def values(rollouts: list[Rollout]) -> list[tuple[list[int], list[float]]]:
