@@ -3,8 +3,8 @@
 Weights have one scale per output channel, activations one per row, both symmetric: `amax / 127`. Sums of products are
 exact in int32, so a row's result depends neither on the other rows nor on the threads.
 
-vLLM's own kernel, oneDNN, computes the same. It packs into memory of its own, at another address for every new weight,
-and takes three times as long for that as for a bf16 weight; here packing writes into given tensors.
+vLLM's own kernel, oneDNN, computes the same, but packs into memory of its own, at another address for every new weight,
+and takes almost three times as long for that as for a bf16 weight. Here packing writes into given tensors.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,8 @@ def reference_linear(
 
 def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     largest = rows.float().abs().amax(1)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    # `127 / largest` would be 127 times the reciprocal, which is rounded twice.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
     return (rows.float() * inverse[:, None]).round(), largest / 127
 
 

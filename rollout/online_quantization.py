@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm import _custom_ops as ops
 from vllm.config.quantization import QuantizationConfigArgs
-from vllm.model_executor.kernels.linear import Int8ScaledMMLinearLayerConfig, init_int8_linear_kernel
-from vllm.model_executor.kernels.linear.scaled_mm import CPUInt8ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -28,13 +27,13 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from megatron_rl.config.quantization import is_skipped
+from rollout import int8
 from rollout.quantization import METHOD
 
 # What vLLM calls the values of `rollout.quantization`. It has no method for linear layers of the first kind.
 _INT8 = "int8_per_channel_static"
 _WEIGHTS = {"int8": _INT8, "fp8": "fp8_per_tensor", "fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
 _PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer; a reload takes it off
-_PRIMITIVES = 32  # prepared products that oneDNN keeps for a layer, one per number of rows
 
 
 class RolloutQuantization(OnlineQuantizationConfig):
@@ -76,80 +75,56 @@ class RolloutQuantization(OnlineQuantizationConfig):
 
 
 class Int8LinearMethod(OnlineLinearBase):
-    """W8A8 for a linear layer: oneDNN on CPU, what vLLM chooses (CUTLASS) elsewhere."""
+    """W8A8 for a linear layer: an operator of ours on CPU, what vLLM chooses (CUTLASS) elsewhere."""
 
     activation_quant_key = None  # activations arrive as they are
 
     def __init__(self) -> None:
         super().__init__()
-        scheme = {"is_channelwise": True, "is_static_input_scheme": False, "input_symmetric": True}
-        self._kernel = (
-            OneDnnInt8Kernel(Int8ScaledMMLinearLayerConfig(**scheme), _PARAMETERS)
+        self._kernel: Any = (
+            CpuKernel()
             if current_platform.is_cpu()
-            else init_int8_linear_kernel(**scheme, module_name=type(self).__name__)
+            else init_int8_linear_kernel(
+                is_channelwise=True,
+                is_static_input_scheme=False,
+                input_symmetric=True,
+                module_name=type(self).__name__,
+            )
         )
 
-    def process_weights_after_loading(self, layer: Module) -> None:
-        """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a scale per row, [out, 1] float32."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a float32 scale per output channel."""
         if getattr(layer, _PROCESSED, False):
             return
-        quantized, scale, _ = ops.scaled_int8_quant(layer.weight)
-        replace_parameter(layer, "weight", quantized)
-        replace_parameter(layer, "weight_scale", scale)
+        if not current_platform.is_cpu():
+            quantized, scale, _ = ops.scaled_int8_quant(layer.weight)
+            replace_parameter(layer, "weight", quantized)
+            replace_parameter(layer, "weight_scale", scale)
         self._kernel.process_weights_after_loading(layer)
         setattr(layer, _PROCESSED, True)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight, plus bias [out]; the result [..., out] has the dtype of x."""
-        return self._kernel.apply_weights(layer, x, bias)
+        result: Tensor = self._kernel.apply_weights(layer, x, bias)
+        return result
 
 
-_PARAMETERS = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
-
-
-class OneDnnInt8Kernel(CPUInt8ScaledMMLinearKernel):
-    """vLLM's oneDNN kernel, made fit for new weights.
-
-    oneDNN multiplies with a packed copy of its own, behind a handle, and reads the scales where they were when it
-    packed. So the scales stay at one address, and the handle is exchanged inside one tensor: whoever holds these two
-    tensors, a compiled graph for example, goes on with the new weights. The packed copy itself moves; nothing but
-    oneDNN refers to it.
-    """
-
-    def __init__(self, config: Int8ScaledMMLinearLayerConfig, names: tuple[str, ...]) -> None:
-        super().__init__(config, names)
-        self._scale: Parameter | None = None
-        self._handle = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._out_features = 0
+class CpuKernel:
+    """`rollout.int8` with the methods of vLLM's kernels."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        weight = layer.weight
-        if self._scale is None:
-            self._scale = layer.weight_scale
-        else:
-            self._scale.data.copy_(layer.weight_scale)
-            layer.weight_scale = self._scale
-        assert self._scale is not None
-        self._release()
-        create = torch.ops._C.create_onednn_scaled_mm_handler
-        self._handle.fill_(create(weight.t(), self._scale, layer.orig_dtype, True, False, _PRIMITIVES))
-        self._out_features = len(weight)
-        layer.weight = None
+        """Quantize and pack the layer's weight, [out, in]; its place takes what `rollout.int8.PackedWeight` holds."""
+        weight = int8.PackedWeight.empty(*layer.weight.shape)
+        weight.fill(layer.weight)
+        replace_parameter(layer, "weight", weight.packed)
+        replace_parameter(layer, "weight_scale", weight.scales)
+        replace_parameter(layer, "weight_sum", weight.sums)
 
-    def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Int8LinearMethod.apply`."""
+        weight = int8.PackedWeight(layer.weight, layer.weight_scale, layer.weight_sum)
         rows = x.reshape(-1, x.shape[-1])
-        quantized, scale, _ = ops.onednn_scaled_int8_quant(rows)
-        out = torch.empty((len(rows), self._out_features), dtype=x.dtype)
-        torch.ops._C.onednn_scaled_mm(out, quantized, scale, None, None, bias, self._handle)
-        return out.view(*x.shape[:-1], self._out_features)
-
-    def _release(self) -> None:
-        if handle := self._handle.item():
-            torch.ops._C.release_dnnl_matmul_handler(handle)
-            self._handle.zero_()
-
-    def __del__(self) -> None:
-        self._release()
+        return int8.linear(rows, weight, None if bias is None else bias.float()).view(*x.shape[:-1], -1)
 
 
 class Float32HeadMethod(UnquantizedEmbeddingMethod):
