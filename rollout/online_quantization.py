@@ -4,8 +4,6 @@ INT8 is W8A8: symmetric, with one scale per output channel of a weight and one p
 (`amax / 127`). It is a sibling of vLLM's online FP8 methods and lives on the same hooks: weights are declared on the
 meta device, and vLLM's layerwise reload materializes a layer, loads it, calls `process_weights_after_loading` and
 copies the result to where the old one was. So one layer at a time exists in both precisions.
-
-The product of a row does not depend on the rows beside it: sums of int8 products are exact in int32.
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from drafter.checkpoint import save_head
 from megatron_rl.config import ConfigError
 from rollout.engine import check_vllm_options, engine_arguments
 from rollout.fleet import RolloutFleet
@@ -31,6 +33,7 @@ from tests.rollout.helpers import (
     open_arguments,
     open_engines,
 )
+from tests.rollout.test_eagle import random_head
 from tests.rollout.test_weight_transfer import StateDictSource, _load, connected
 
 OUT, IN = 96, 160
@@ -259,3 +262,50 @@ def test_logits_of_a_bf16_engine_are_float32_on_request(engines: tuple, model: P
     embedding = _load(model)["model.embed_tokens.weight"].bfloat16().float()
     assert computed.dtype == torch.float32
     torch.testing.assert_close(computed, hidden.float() @ embedding.T, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_drafts_change_no_token_and_the_head_is_not_quantized(model: Path, tmp_path: Path) -> None:
+    save_head(random_head(model, 0), tmp_path / "head")
+    speculation = {"adaptive": "static", "drafters": ["eagle", "ngram"], "max_draft_tokens": 4}
+    arguments = [
+        open_arguments(tmp_path, model, quantization="int8"),
+        open_arguments(
+            tmp_path, model, drafter_path=str(tmp_path / "head"), quantization="int8", speculation=speculation
+        ),
+    ]
+
+    def methods_of_head(engine: Any) -> set[str]:
+        head = engine._llm.model_executor.driver_worker.model_runner.get_draft_model()
+        return {type(m.quant_method).__name__ for m in head.modules() if isinstance(m, LinearBase)}
+
+    requests = make_requests(5, samples=8, max_tokens=40, temperature=0.6)
+    with open_engines(arguments) as (plain, drafting):
+        assert ray.get(drafting.apply.remote(methods_of_head)) == {"UnquantizedLinearMethod"}
+        expected = generate(plain, requests)
+        for drafter in ("eagle", "ngram"):
+            ray.get(drafting.set_speculation.remote("static", 4, [drafter]))
+            assert [r.token_ids for r in generate(drafting, requests)] == [r.token_ids for r in expected]
+        assert ray.get(drafting.take_speculation_counts.remote()).drafted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("eager", "tp_size"), [(False, 1), (True, 2)], ids=["compiled", "tp 2"])
+def test_new_weights_reach_compiled_and_split_engines(
+    model: Path, other_model: Path, tmp_path: Path, eager: bool, tp_size: int
+) -> None:
+    config = make_config(tmp_path, model, quantization="int8", tp_size=tp_size)
+    environment = replace(make_environment(), vllm={"max_num_seqs": 32, "enforce_eager": eager})
+    fleets = [OpenFleet(config, environment, str(path), lambda i: None, False) for path in (model, other_model)]
+    try:
+        for fleet in fleets:
+            fleet.wait_until_up()
+        changed, fresh = fleets
+        before = changed.rollouts()
+        changed.sync(_load(other_model), tmp_path)
+        assert values(changed.rollouts()) == values(fresh.rollouts()) != values(before)
+        changed.sync(_load(model), tmp_path)
+        assert values(changed.rollouts()) == values(before)
+    finally:
+        for fleet in fleets[::-1]:
+            fleet.shutdown()
