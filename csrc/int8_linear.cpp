@@ -86,26 +86,31 @@ float quantize_row(const T* row, int64_t size, int64_t padded, int8_t* out) {
   return nan ? std::numeric_limits<float>::quiet_NaN() : amax / 127.0f;
 }
 
-// Quantizes and packs the 64 channels of a block.
+// Quantizes and packs the 64 channels of a block, 16 at a time.
 template <class T>
 void pack_block(const T* weight, int64_t stride, int64_t inputs, int64_t channels, int64_t block, int8_t* packed,
                 float* scales, int32_t* sums) {
   const int64_t padded = round_up(inputs, kQuad);
-  std::vector<int8_t> row(padded);
-  int8_t* target = packed + block * kChannels * padded;
-  for (int64_t lane = 0; lane < kChannels; ++lane) {
-    const int64_t channel = block * kChannels + lane;
-    if (channel < channels) {
-      scales[channel] = quantize_row(weight + channel * stride, inputs, padded, row.data());
-      int32_t sum = 0;
-      for (int64_t i = 0; i < padded; ++i) sum += row[i];
-      sums[channel] = sum;
-    } else {
-      std::fill(row.begin(), row.end(), int8_t{0});
+  const int64_t apart = padded + 64;  // of two channels in `rows`: at a power of two they would share cache sets
+  std::vector<int8_t> rows(16 * apart);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(apart)));
+  for (int64_t part = 0; part < kChannels; part += 16) {
+    const int64_t first = block * kChannels + part;
+    const int64_t live = std::clamp<int64_t>(channels - first, 0, 16);
+    for (int64_t lane = 0; lane < live; ++lane) {
+      const T* row = weight + (first + lane) * stride;
+      scales[first + lane] = quantize_row(row, inputs, padded, rows.data() + lane * apart);
     }
+    std::fill(rows.begin() + live * apart, rows.end(), int8_t{0});
+    int8_t* target = packed + block * kChannels * padded + part * kQuad;
+    __m512i sum = _mm512_setzero_si512();
     for (int64_t i = 0; i < padded; i += kQuad) {
-      std::memcpy(target + i * kChannels + lane * kQuad, row.data() + i, kQuad);
+      const __m512i quads = _mm512_i32gather_epi32(places, rows.data() + i, 1);
+      _mm512_storeu_si512(target + i * kChannels, quads);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), quads);
     }
+    if (live > 0) _mm512_mask_storeu_epi32(sums + first, mask_of(live), sum);
   }
 }
 
