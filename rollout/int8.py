@@ -78,4 +78,4 @@ def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("megatron_rl::int8_linear")
 def _shape(x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(scales))
+    return x.new_empty(x.shape[0], scales.shape[0])  # `len` would fix the number of rows for good

@@ -1,6 +1,7 @@
 """Engines that multiply in int8: what they compute, and what they hold after new weights."""
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rollout.int8 import reference_linear
 from rollout.online_quantization import Float32HeadMethod, Int8LinearMethod, RolloutQuantization
 from rollout.records import Rollout
 from rollout.weight_sync import segment_name
+from rollout.worker import live_weight
 from tests.rollout.helpers import (
     VOCAB_LIMIT,
     OpenEngine,
@@ -45,11 +47,13 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
     torch.manual_seed(0)
     layer: Any = Module()
     layer.weight = Parameter(torch.randn(OUT, IN).bfloat16(), requires_grad=False)
-    method, x = Float32HeadMethod(), torch.randn(3, IN).bfloat16()
-    method.process_weights_after_loading(layer)
-    logits = method.apply(layer, x)
+    layer.quant_method, layer.params_dtype, layer.input_size_per_partition = Float32HeadMethod(), torch.bfloat16, IN
+    x = torch.randn(3, IN).bfloat16()
+    layer.quant_method.process_weights_after_loading(layer)
+    logits = layer.quant_method.apply(layer, x)
     assert logits.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
     torch.testing.assert_close(logits, x.float() @ layer.weight.float().T, atol=1e-4, rtol=0)
+    assert torch.equal(live_weight(layer), layer.weight)  # what `rollout.verify_weights` reads
 
 
 @pytest.mark.parametrize(
@@ -234,8 +238,7 @@ def test_logprobs_are_those_of_the_quantized_model(engines: tuple, model: Path) 
     unquantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     quantized = copy.deepcopy(unquantized)
     for name, module in quantized.named_modules():
-        fused = name.replace("q_proj", "qkv_proj").replace("k_proj", "qkv_proj").replace("v_proj", "qkv_proj")
-        if name.endswith("_proj") and fused not in SKIPPED and name not in SKIPPED:
+        if name.endswith("_proj") and re.sub(r"\b[qkv]_proj", "qkv_proj", name) not in SKIPPED:
             module.forward = lambda x, w=module.weight: reference_linear(x[0], w, None)[None]
     gaps: dict[str, list[Tensor]] = {"quantized": [], "unquantized": []}
     for rollout in engines[0].rollouts():
