@@ -1,9 +1,10 @@
 """Packages, entry points and the native extension: C++ always, CUDA where nvcc is found.
 
-The extension is three libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so` for
-`rollout/verify.py` and `megatron_rl/_logprobs.so` for `megatron_rl/logprobs.py`, and `rollout/_ngram.so`, plain C for
-`rollout/ngram.py`. The operators use torch's stable ABI. The compilers are called directly, because torch's own build
-helper compiles all files of a library with the same flags, and no CUDA beside a CPU build of torch.
+The extension is four libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so` for
+`rollout/verify.py`, `rollout/_int8.so` for `rollout/int8.py` and `megatron_rl/_logprobs.so` for
+`megatron_rl/logprobs.py`, and `rollout/_ngram.so`, plain C for `rollout/ngram.py`. The operators use torch's stable
+ABI. The compilers are called directly, because torch's own build helper compiles all files of a library with the same
+flags, and no CUDA beside a CPU build of torch.
 
 Environment: `CXX` and `NVCC` name the compilers, `MEGATRON_RL_CUDA=0` leaves CUDA out.
 """
@@ -131,6 +132,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension("rollout._verify", verify, libraries=["torch_cpu"]),
         Extension("megatron_rl._logprobs", logprobs, libraries=["torch_cpu"]),
+        Extension("rollout._int8", ["csrc/int8_linear.cpp"], libraries=["torch_cpu"]),
         Extension("rollout._ngram", ["csrc/ngram.cpp"]),
     ]
     if find_nvcc():

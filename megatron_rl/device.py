@@ -80,11 +80,27 @@ def check_device(config: Config) -> None:
         raise ConfigError(
             "parallel.sequence_parallel=true needs Transformer Engine's norm layers on a GPU; set it to false here."
         )
+    _check_quantization(config)
     backend = config.rollout.weight_sync
     allowed = ("auto", "ipc", "nccl") if on_gpu() else ("auto", "shm")
     if backend not in allowed:
         raise ConfigError(
             f"rollout.weight_sync={backend} does not work on this machine; use one of {', '.join(allowed)}."
+        )
+
+
+def _check_quantization(config: Config) -> None:
+    kind = config.rollout.quantization
+    if kind == "none":
+        return
+    if kind != "int8" and not on_gpu():
+        raise ConfigError(f"rollout.quantization={kind} needs a GPU, but this machine has none; use int8 or none.")
+    if on_gpu() and config.model.precision == "fp32":
+        raise ConfigError(f"rollout.quantization={kind} on a GPU needs bf16 activations; set model.precision=bf16.")
+    if not on_gpu() and not torch.cpu._is_vnni_supported():
+        raise ConfigError(
+            "rollout.quantization=int8 needs a CPU with AVX-512 VNNI, which this one lacks: its products of int8 "
+            "numbers would overflow; use none."
         )
 
 
@@ -136,9 +152,14 @@ def shared_environment() -> dict[str, str]:
 
 
 def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
-    """How engines start on this machine. `vocab_limit`: token ids from here on are never sampled."""
+    """How engines start on this machine. `vocab_limit`: token ids from here on are never sampled.
+
+    Raises:
+        ConfigError: when `rollout.quantization` does not work here.
+    """
     from rollout.engine import EngineEnvironment
 
+    _check_quantization(config)
     environment = shared_environment()
     # The trainer sends the weights before the first request, so engines need not read them.
     vllm: dict[str, object] = {"load_format": "dummy"}

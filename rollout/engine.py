@@ -13,6 +13,7 @@ from rollout.adaptive import EAGLE
 from rollout.checksum import combine
 from rollout.eagle import head_arguments
 from rollout.head_weights import PackedHead
+from rollout.quantization import quantization_arguments
 from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
 
 # Options of vLLM that follow from keys of ours, or on which this package relies.
@@ -25,6 +26,8 @@ _RESERVED = {
     "skip_tokenizer_init": "requests carry token ids, so it is always true",
     "generation_config": "sampling follows from rollout.temperature alone",
     "pipeline_parallel_size": "engines are split by rollout.tp_size alone",
+    "quantization": "set rollout.quantization",
+    "quantization_config": "set rollout.quantization and rollout.quantization_skip",
     "speculative_config": "set rollout.speculation",
     "scheduler_cls": "it is used for rollout.speculation",
     "additional_config": "it is used for rollout.speculation",
@@ -95,7 +98,8 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """The arguments of vLLM's `EngineArgs`; `drafter_path` is the folder of an EAGLE head, None: `drafter.path`.
 
-    Raises ConfigError, see `check_vllm_options`, `check_sampling_options`, `rollout.eagle.head_arguments`.
+    Raises ConfigError, see `check_vllm_options`, `check_sampling_options`, `rollout.eagle.head_arguments` and
+    `rollout.quantization.quantization_arguments`.
     """
     check_vllm_options(config.rollout.vllm)
     check_sampling_options(config.rollout.sampling)
@@ -115,6 +119,7 @@ def engine_arguments(
     if config.rollout.tp_size > 1:
         # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
         arguments["distributed_executor_backend"] = "mp"
+    arguments |= quantization_arguments(config, model_path, environment.dtype)
     return arguments | _speculation_arguments(config, drafter_path)
 
 

@@ -17,12 +17,13 @@ DISABLE_AMX = "MEGATRON_RL_DISABLE_AMX"
 
 
 def register() -> None:
-    """Install coupled sampling and the `shm` weight transfer in this process; safe to call more than once.
+    """Install coupled sampling, online quantization and the `shm` weight transfer in this process; any number of times.
 
     Raises ConfigError for a setting that is no number, RuntimeError for a vLLM version that is not among the tested.
     """
     if os.environ.get(ENABLE) != "1":
         return
+    from rollout.online_quantization import register_online_quantization
     from rollout.shm_transfer import register_shm_transfer
     from rollout.vllm_patch import install_coupled_sampling
 
@@ -32,6 +33,7 @@ def register() -> None:
         torch.cpu._is_amx_tile_supported = lambda: False
     install_coupled_sampling(_vocab_limit())
     register_shm_transfer()
+    register_online_quantization()
 
 
 def _vocab_limit() -> int | None:

@@ -115,7 +115,8 @@ def live_weight(layer: Any) -> Tensor:
     for start in range(0, width, _IDENTITY_ROWS):
         rows = torch.zeros(min(_IDENTITY_ROWS, width - start), width, dtype=layer.params_dtype)
         rows[:, start : start + len(rows)].fill_diagonal_(1)
-        columns.append(layer.quant_method.apply(layer, rows, None).T)
+        # An output layer may answer in float32, which holds its weight exactly.
+        columns.append(layer.quant_method.apply(layer, rows, None).T.to(layer.params_dtype))
     return torch.cat(columns, dim=1)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.quantization import skip_patterns
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import Config, Correction
@@ -35,6 +36,7 @@ def check_sections(config: "Config") -> None:
             f"train.tokens_per_microbatch={train.tokens_per_microbatch} is smaller than the longest sequence, "
             f"data.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least {longest}."
         )
+    _check_quantization(config)
     penalty = config.reward.length_penalty
     if penalty is not None and penalty.start >= rollout.max_tokens:
         raise ConfigError(
@@ -72,6 +74,26 @@ def _check_correction(correction: "Correction") -> None:
         raise ConfigError(
             "algorithm.correction.normalize=true has no meaning with algorithm.correction.kind=none; "
             "set it to false or kind to tis or mask."
+        )
+
+
+def _check_quantization(config: "Config") -> None:
+    rollout = config.rollout
+    if rollout.quantization == "none":
+        if rollout.quantization_skip:
+            raise ConfigError(
+                "rollout.quantization_skip has no effect with rollout.quantization=none; choose a precision there, or "
+                "leave it empty."
+            )
+        return
+    if rollout.verify_weights:
+        raise ConfigError(
+            f"rollout.verify_weights=true cannot compare weights that rollout.quantization={rollout.quantization} has "
+            "rounded; set one of them to its default."
+        )
+    if rollout.quantization != "int8" and config.model.precision == "fp32":
+        raise ConfigError(
+            f"rollout.quantization={rollout.quantization} needs bf16 activations, but model.precision=fp32; use bf16."
         )
 
 
@@ -137,6 +159,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's "
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
         )
+    skip_patterns(config.rollout.quantization_skip, layers)
     if world_size is not None:
         check_world_size(config, world_size)
 

@@ -271,6 +271,14 @@ class Rollout(Section):
     the same with any drafts; rejection: by vLLM's own rule, for comparison."""
     speculation: Speculation = Speculation()
     """Drafts that the engines verify."""
+    quantization: Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"] = "none"
+    """Precision of the linear layers' weights and activations in the engines, quantized anew at every sync. int8: a
+    scale per output channel and per token; fp8 (GPUs): scales per tensor, per channel, or per block of 128 x 128."""
+    quantization_skip: list[str] = Field(default_factory=list)
+    """Linear layers that stay in the engine's own precision: `first:N` and `last:N` decoder layers, or patterns of
+    names such as `*.down_proj` and `model.layers.3.*`. Fused projections (q, k, v; gate, up) stay together."""
+    lm_head_fp32: bool = False
+    """Compute the logits in float32, also in bf16 engines. The output layer is never quantized."""
     weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """How weights reach the engines: shm (shared memory, CPU), ipc (colocated GPUs), nccl (separate GPUs)."""
     verify_weights: bool = False

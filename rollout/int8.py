@@ -1,0 +1,81 @@
+"""Linear layers in W8A8 on the CPU: native operators (csrc/int8_linear.cpp) and their reference in PyTorch.
+
+Weights have one scale per output channel, activations one per row, both symmetric: `amax / 127`. Sums of products are
+exact in int32, so a row's result depends neither on the other rows nor on the threads.
+
+vLLM's own kernel, oneDNN, computes the same, but packs into memory of its own, at another address for every new weight,
+and takes almost three times as long for that as for a bf16 weight. Here packing writes into given tensors.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float32, Int8, Int32
+from torch import Tensor
+
+from rollout.native import load_operators
+
+load_operators(Path(__file__).with_name("_int8.so"))
+
+_CHANNELS = 64  # output channels are padded to a multiple of it
+_QUAD = 4  # inputs likewise
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """An [out, in] weight as `linear` reads it."""
+
+    packed: Int8[Tensor, " bytes"]
+    scales: Float32[Tensor, " out"]
+    sums: Int32[Tensor, " out"]  # of each channel's int8 weights
+
+    @staticmethod
+    def empty(channels: int, inputs: int) -> "PackedWeight":
+        """Room for a weight of that size."""
+        size = -(-channels // _CHANNELS) * _CHANNELS * (-(-inputs // _QUAD) * _QUAD)
+        return PackedWeight(
+            torch.empty(size, dtype=torch.int8),
+            torch.empty(channels, dtype=torch.float32),
+            torch.empty(channels, dtype=torch.int32),
+        )
+
+    def fill(self, weight: Float[Tensor, "out in"]) -> None:
+        """Quantize float32 or bfloat16 weights into this room.
+
+        Raises ValueError when they do not fit into it, or on a CPU without AVX-512 VNNI.
+        """
+        torch.ops.megatron_rl.int8_pack(weight, self.packed, self.scales, self.sums)
+
+
+def linear(
+    x: Float[Tensor, "rows in"], weight: PackedWeight, bias: Float32[Tensor, " out"] | None
+) -> Float[Tensor, "rows out"]:
+    """x (float32 or bfloat16, rows anywhere but contiguous) times the weight, plus bias, in the dtype of x.
+
+    Raises ValueError when the sizes do not fit, or on a CPU without AVX-512 VNNI.
+    """
+    result: Tensor = torch.ops.megatron_rl.int8_linear(x, weight.packed, weight.scales, weight.sums, bias)
+    return result
+
+
+def reference_linear(
+    x: Float[Tensor, "rows in"], weight: Float[Tensor, "out in"], bias: Float32[Tensor, " out"] | None
+) -> Float[Tensor, "rows out"]:
+    """What `PackedWeight.fill` and `linear` compute together, bit by bit."""
+    (a, a_scale), (b, b_scale) = _quantized(x), _quantized(weight)
+    sums = (a.double() @ b.double().T).float()  # exact, then rounded once
+    product = (sums * b_scale[None, :]) * a_scale[:, None]
+    return (product if bias is None else product + bias).to(x.dtype)
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    largest = rows.float().abs().amax(1)
+    # `127 / largest` would be 127 times the reciprocal, which is rounded twice.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
+    return (rows.float() * inverse[:, None]).round(), largest / 127
+
+
+@torch.library.register_fake("megatron_rl::int8_linear")
+def _shape(x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], scales.shape[0])  # `len` would fix the number of rows for good
