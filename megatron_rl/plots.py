@@ -25,6 +25,7 @@ PHASES = (  # metric, name, colour; in the order of a step
     ("time/ref_logprobs", "reference log-probs", "#9fd3ae"),
     ("time/update", "update", "#e08a1e"),
     ("time/weight_sync", "weight sync", "#c8423f"),
+    ("time/drafter", "drafter", "#d9b44a"),
     ("time/eval", "evaluation", "#8e6bbf"),
     ("time/checkpoint", "checkpoint", "#6b4f3a"),
 )
