@@ -25,12 +25,12 @@ demo: $(READY) $(BASE_MODEL)
 $(BASE_MODEL): | $(READY)
 	$(BIN)/megatron-rl sft -c configs/arithmetic-sft.yaml
 
-# The longest files come first, so that no worker is left with them at the end.
+# Files go to the workers in the order of tests/conftest.py.
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" tests/training tests
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
