@@ -10,6 +10,7 @@ cases, so that a neighbour on the machine slows all of them alike.
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,3 +71,9 @@ def finish(
 ) -> None:
     """Print the rows and ratios as tables, and write the JSON when asked to; see `megatron_rl.results.publish`."""
     publish(Path(sys.argv[0]).stem, ratios, rows, arguments.json, arguments.quick, console)
+
+
+def run_command(*arguments: str) -> None:
+    """Run `megatron-rl` with these arguments; when it fails, which it explains itself, this process ends alike."""
+    if status := subprocess.run([str(Path(sys.executable).with_name("megatron-rl")), *arguments]).returncode:
+        raise SystemExit(status)

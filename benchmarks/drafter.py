@@ -18,13 +18,11 @@ length of adaptive by that of frozen after the last step, and by its own at the 
 import argparse
 import shutil
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import Arguments, finish
+from _common import Arguments, finish, run_command
 from megatron_rl.bench import PLAIN, Turn, compare, make_requests, start_engine, take_turn
 from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.data.prompts import load_prompts
@@ -114,12 +112,6 @@ def measure(config: Config, step: int, model: Path, heads: dict[str, Path], roun
     return Point(step, turns, heldout)
 
 
-def command(*arguments: str) -> None:
-    """Run the product's command line; it says itself what is wrong."""
-    if status := subprocess.run([str(Path(sys.executable).with_name("megatron-rl")), *arguments]).returncode:
-        raise SystemExit(status)
-
-
 def follow(flags: argparse.Namespace, extent: dict[str, int]) -> list[Point]:
     """Warm a head up, train policy and head, and measure on the way."""
     shutil.rmtree(flags.work, ignore_errors=True)
@@ -130,15 +122,15 @@ def follow(flags: argparse.Namespace, extent: dict[str, int]) -> list[Point]:
         f"checkpoint.every={extent['every']}",
     ]
     warm = flags.work / "warm"
-    command("drafter", "warmup", "-c", flags.config, "--updates", str(extent["updates"]), "--batches", "2", *overrides,
-            f"run_dir={warm}")  # fmt: skip
+    sizes = ["--updates", str(extent["updates"]), "--batches", "2"]
+    run_command("drafter", "warmup", "-c", flags.config, *sizes, *overrides, f"run_dir={warm}")
     frozen, run_dir = warm / "drafter", flags.work / "run"
     overrides += [f"run_dir={run_dir}", f"drafter.path={frozen}"]
     config = load_config(flags.config, overrides)
     base = Path(config.model.path)
     points = [measure(config, 0, base, {FROZEN: frozen, ADAPTIVE: frozen}, extent["rounds"], float("nan"))]
     for step in range(extent["every"], extent["steps"] + 1, extent["every"]):
-        command("train", "-c", flags.config, *overrides, f"train.steps={step}")
+        run_command("train", "-c", flags.config, *overrides, f"train.steps={step}")
         heads = {FROZEN: frozen, ADAPTIVE: run_dir / "drafter"}
         heldout = read_metrics(run_dir)[-1].get("drafter/heldout_length", float("nan"))
         points.append(measure(config, step, run_dir / "hf", heads, extent["rounds"], heldout))

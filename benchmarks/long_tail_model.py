@@ -13,11 +13,11 @@ to go on after its end.
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
+
+from _common import run_command
 
 MODULUS = 100_000
 LINES = 25
@@ -99,15 +99,9 @@ def main() -> None:
     problems = flags.folder / "problems.jsonl"
     write_problems(problems, 20_000)
     sft, warmup = write_configs(flags.folder, problems, flags.steps, flags.precision)
-    command = [str(Path(sys.executable).with_name("megatron-rl"))]
     if not (flags.folder / "hf" / "config.json").exists():
-        _run([*command, "sft", "-c", str(sft)])
-    _run([*command, "drafter", "warmup", "-c", str(warmup), "--updates", str(flags.updates), "--batches", "1"])
-
-
-def _run(command: list[str]) -> None:
-    if status := subprocess.run(command).returncode:  # it has said why
-        raise SystemExit(status)
+        run_command("sft", "-c", str(sft))
+    run_command("drafter", "warmup", "-c", str(warmup), "--updates", str(flags.updates), "--batches", "1")
 
 
 if __name__ == "__main__":
