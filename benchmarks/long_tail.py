@@ -32,6 +32,7 @@ def parse() -> tuple[Arguments, argparse.Namespace]:
     parser.add_argument("--data", default="arithmetic", help="prompts, as data.train (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=224, help="longest response, in tokens (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
+    parser.add_argument("--quantization", default="none", help="as rollout.quantization (default: %(default)s)")
     parser.add_argument("--png", type=Path, default=Path("long_tail.png"), help="timeline (default: %(default)s)")
     flags = parser.parse_args()
     return Arguments(flags.quick, flags.json), flags
@@ -47,6 +48,7 @@ def build(flags: argparse.Namespace) -> SpeculationBench:
             "data": {"train": flags.data, "max_prompt_tokens": 32},
             "rollout": {
                 "max_tokens": flags.longest,
+                "quantization": flags.quantization,
                 "vllm": {"enforce_eager": True, "max_num_seqs": REQUESTS},
                 "speculation": {"adaptive": "model", "max_draft_tokens": 8, "drafters": _drafters(flags)},
             },
