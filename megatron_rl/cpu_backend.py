@@ -2,13 +2,18 @@
 
 megatron-core asks for CUDA in a few fixed places: explicit `device="cuda"` arguments, `torch.cuda.current_device()`,
 its RNG tracker, CUDA type names in the optimizer, and streams. This module answers those with their CPU meaning.
-Nothing of megatron-core's schedules, DDP or optimizers is replaced. Call `install` once, before building a model.
+Nothing of megatron-core's schedules or optimizers is replaced. Call `install` once, before building a model.
+
+DDP leaves out collectives of one rank: a rank's shard is then the buffer itself, and gloo would copy every parameter
+and gradient twice. (It has also crashed there, once in some thousands of steps, on a thread of its own.)
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 
@@ -82,5 +87,27 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _leave_out_lonely_collectives()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+def _leave_out_lonely_collectives() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    ddp: Any = param_and_grad_buffer
+    coalesce = ddp._coalescing_manager
+
+    def coalesce_unless_alone(group: ProcessGroup, **kwargs: Any) -> Any:
+        return contextlib.nullcontext() if group.size() == 1 else coalesce(group, **kwargs)
+
+    ddp._coalescing_manager = coalesce_unless_alone
+    ddp.dist_all_gather_func = _unless_alone(ddp.dist_all_gather_func)
+    ddp.dist_reduce_scatter_func = _unless_alone(ddp.dist_reduce_scatter_func)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, group: ProcessGroup, **kwargs: Any) -> Any:
+        return None if group.size() == 1 else collective(*args, group=group, **kwargs)
+
+    return call
