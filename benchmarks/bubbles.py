@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from _common import finish, parse_arguments
 from drafter.bubbles import BubbleCommunicator
-from drafter.slices import SliceRunner
+from drafter.slices import Fits, SliceRunner
 from megatron_rl import cpu_backend, device
 
 HIDDEN, TOKENS, MICROBATCHES, LAYERS = 256, 128, 4, 8
@@ -115,13 +115,13 @@ class Stage(torch.nn.Module):
 class DrafterLayer:
     """Slices: forward and backward passes of a small layer, without end."""
 
-    kind = "forward_backward"
+    size = 1
 
     def __init__(self, timed: bool) -> None:
         self.timed, self.layer = timed, Layer(SLICE_HIDDEN)
         self.rows = torch.randn(SLICE_TOKENS, 1, SLICE_HIDDEN)
 
-    def next(self) -> "DrafterLayer":
+    def next(self, fits: Fits) -> "DrafterLayer":
         """The next slice."""
         return self
 
@@ -188,7 +188,7 @@ def run_rank(rank: int, case: Case, store: str, results: Any) -> None:
         if step >= 0:
             steps[filled].append(time.perf_counter() - start)
             waits[filled].append((stats.available, stats.filled, stats.overrun, stats.slices))
-    durations = fill.runner.durations.expected(DrafterLayer.kind)
+    durations = fill.runner.durations.expected(DrafterLayer.size)
     gathered: list[Any] | None = [None] * case.stages if rank == 0 else None
     torch.distributed.gather_object((waits, durations), gathered)
     if rank == 0:

@@ -18,6 +18,9 @@ Clock = Callable[[], float]
 Pending = Callable[[float], bool]
 """(seconds) -> whether the wait still lasts, after waiting for its end for at most that many seconds (0: just look)."""
 
+Fits = Callable[[int], bool]
+"""(size) -> whether a slice of that size should end in time."""
+
 
 class Slice(Protocol):
     """A piece of work of about a millisecond.
@@ -26,8 +29,8 @@ class Slice(Protocol):
     collective operations, no draws from the global random generators, no change of global modes.
     """
 
-    kind: str
-    """Slices of one kind take about equally long, e.g. `forward_backward`."""
+    size: int
+    """How much work it is, e.g. in tokens: what is twice as large takes about twice as long."""
 
     def run(self) -> None:
         """Do the work; an exception fails the training step that was waiting."""
@@ -36,8 +39,12 @@ class Slice(Protocol):
 class SliceSource(Protocol):
     """Where slices come from."""
 
-    def next(self) -> Slice | None:
-        """The next slice to run, or None when there is nothing to do now. Called again only after that slice ran."""
+    def next(self, fits: Fits) -> Slice | None:
+        """The next slice to run, or None when there is nothing to do now.
+
+        A source that can cut its work gives the largest slice that fits, or else the smallest. Until a slice has run it
+        may be given again, in another size.
+        """
 
 
 def run_directly(piece: Slice) -> None:
@@ -47,23 +54,29 @@ def run_directly(piece: Slice) -> None:
 
 
 class Durations:
-    """How long slices take: per kind, the median of the last runs, without the very first (it warms caches up)."""
+    """How long slices take: the median seconds per size of the last runs of about that size.
+
+    The very first run does not count (it warms caches up). Of a size that was never seen the rate of the nearest one is
+    taken: less than the truth for small slices, which cost something in any case, until the first has run.
+    """
 
     def __init__(self, window: int = 15) -> None:
         self._window = window
-        self._seconds: dict[str, deque[float]] = {}
+        self._rates: dict[int, deque[float]] = {}  # by power of two of the size
+        self._warm = False
 
-    def observe(self, kind: str, seconds: float) -> None:
+    def observe(self, size: int, seconds: float) -> None:
         """Note the duration of one slice in seconds."""
-        if kind in self._seconds:
-            self._seconds[kind].append(seconds)
-        else:
-            self._seconds[kind] = deque(maxlen=self._window)
+        if self._warm:
+            self._rates.setdefault(size.bit_length(), deque(maxlen=self._window)).append(seconds / size)
+        self._warm = True
 
-    def expected(self, kind: str) -> float:
-        """Seconds that a slice of this kind will take; 0 as long as nothing is known, so that it is tried."""
-        seen = self._seconds.get(kind)
-        return statistics.median(seen) if seen else 0.0
+    def expected(self, size: int) -> float:
+        """Seconds that a slice of this size will take; 0 as long as nothing is known, so that it is tried."""
+        if not self._rates:
+            return 0.0
+        nearest = min(self._rates, key=lambda power: abs(power - size.bit_length()))
+        return size * statistics.median(self._rates[nearest])
 
 
 @dataclass
@@ -78,8 +91,8 @@ class Filled:
         return sum(max(min(last, end) - max(first, start), 0.0) for first, last in self.spans)
 
 
-def idle_until_fit(expected: float, elapsed: float, duration: float, share: float) -> float:
-    """Seconds to go on waiting before a slice fits; 0 when it fits now, infinity when it will not.
+def room(expected: float, elapsed: float, share: float) -> float:
+    """Seconds that a slice may take if it begins now.
 
     Within its expected length, a wait has room for what ends before `share` of that length is over. A wait that has
     outlasted its expected length is expected to last as long again as it is late already: the longer, the more room.
@@ -87,12 +100,19 @@ def idle_until_fit(expected: float, elapsed: float, duration: float, share: floa
     Args:
         expected: seconds that the wait should last in all; 0 when nothing is known.
         elapsed: seconds it has lasted.
-        duration: seconds that the slice will take.
         share: 0 .. 1 of the time is used; 0 runs nothing.
+    """
+    return max(share * expected - elapsed, share * (elapsed - expected))
+
+
+def idle_until_fit(expected: float, elapsed: float, duration: float, share: float) -> float:
+    """Seconds to go on waiting before there is `room`; 0 when there is now, infinity when there will not be.
+
+    `duration`: seconds that the slice will take. The other arguments are those of `room`.
     """
     if share <= 0:
         return float("inf")
-    if elapsed + duration <= share * expected:
+    if duration <= room(expected, elapsed, share):
         return 0.0
     return max(expected + duration / share - elapsed, 0.0)
 
@@ -108,7 +128,6 @@ class SliceRunner:
         self.durations = Durations()
         self.share = 1.0
         """Share of the expected waits that may be filled, set by the guard; 0 .. 1."""
-        self._next: Slice | None = None
 
     def run_while(self, pending: Pending, expected: float) -> Filled:
         """Fill one wait, and return when it is over (at the latest one slice later).
@@ -119,12 +138,12 @@ class SliceRunner:
         """
         filled, start = Filled(), self.clock()
         while pending(0):
-            piece = self._peek()
+            elapsed = self.clock() - start
+            piece = self._next(room(expected, elapsed, self.share))
             if piece is None:
                 idle = float("inf")
             else:
-                duration = self.durations.expected(piece.kind)
-                idle = idle_until_fit(expected, self.clock() - start, duration, self.share)
+                idle = idle_until_fit(expected, elapsed, self.durations.expected(piece.size), self.share)
             if idle > 0:
                 if not pending(idle):
                     break
@@ -140,21 +159,18 @@ class SliceRunner:
             deadline: time of the runner's clock that slices must not be expected to pass.
         """
         filled = Filled()
-        while not wanted() and (piece := self._peek()) is not None:
-            if self.clock() + self.durations.expected(piece.kind) > deadline:
+        while not wanted() and (piece := self._next(deadline - self.clock())) is not None:
+            if self.clock() + self.durations.expected(piece.size) > deadline:
                 break
             filled.spans.append(self._run(piece))
         return filled
 
-    def _peek(self) -> Slice | None:
-        if self._next is None:
-            self._next = self.source.next()
-        return self._next
+    def _next(self, seconds: float) -> Slice | None:
+        return self.source.next(lambda size: self.durations.expected(size) <= seconds)
 
     def _run(self, piece: Slice) -> tuple[float, float]:
-        self._next = None
         start = self.clock()
         self.execute(piece)
         end = self.clock()
-        self.durations.observe(piece.kind, end - start)
+        self.durations.observe(piece.size, end - start)
         return start, end

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ def size_in_bytes(features: PackedFeatures) -> int:
 class FeatureStore:
     """Windows by policy version. Rows of the newest version come first, those of old versions are evicted first.
 
-    The order is drawn from (seed, pass): the same numbers and the same content give the same rows.
+    The order is drawn from (seed, newest version, pass): the same numbers and the same content give the same rows.
     """
 
     def __init__(self, max_bytes: int, tokens_per_row: int, seed: int = 0) -> None:
@@ -37,7 +36,7 @@ class FeatureStore:
         self.max_bytes, self.tokens_per_row, self.seed = max_bytes, tokens_per_row, seed
         self._samples: list[_Sample] = []
         self._held_out: list[_Sample] = []
-        self._passes = 0
+        self._newest = self._passes = 0
         self._order: list[_Sample] = []
         self._position = 0
 
@@ -61,20 +60,26 @@ class FeatureStore:
         newest = [_sample(version, row) for row in rows]
         older = sorted(self._samples, key=lambda sample: -sample.version)
         self._samples = _fitting(newest + older, room)
-        self._begin_pass(self._passes + 1)
+        self._newest = version
+        self._begin_pass(1)
 
-    def next_row(self) -> PackedFeatures | None:
-        """The next row to train on, or None when there are no windows. After the last one it starts over."""
-        if not self._samples:
-            return None
-        if self._position == len(self._order):
+    def next_windows(self, most_tokens: int) -> list[int]:
+        """Tokens of each window in the next row of at most so many tokens; a longer window is a row by itself.
+
+        Empty when there are no windows. After the last one it starts over.
+        """
+        if self._samples and self._position == len(self._order):
             self._begin_pass(self._passes + 1)
-        first, tokens = self._position, 0
-        while self._position < len(self._order):
-            tokens += len(self._order[self._position].features.token_ids)
-            if tokens > self.tokens_per_row and self._position > first:
-                break
-            self._position += 1
+        lengths: list[int] = []
+        for sample in self._order[self._position :]:
+            lengths.append(len(sample.features.token_ids))
+            if sum(lengths) > most_tokens and len(lengths) > 1:
+                return lengths[:-1]
+        return lengths
+
+    def take(self, windows: int) -> PackedFeatures:
+        """The next so many windows (`next_windows` tells how many) as one row."""
+        first, self._position = self._position, self._position + windows
         return pack([sample.features for sample in self._order[first : self._position]])
 
     def held_out_rows(self) -> list[PackedFeatures]:
@@ -99,20 +104,11 @@ class FeatureStore:
         self._samples, self._held_out = [], []
         self._order, self._position = [], 0
 
-    def state(self) -> dict[str, Any]:
-        """The cursor, for a checkpoint: plain numbers."""
-        return {"passes": self._passes, "position": self._position}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of a store with the same windows."""
-        self._begin_pass(state["passes"])
-        self._position = min(state["position"], len(self._order))
-
     def _begin_pass(self, number: int) -> None:
         self._passes, self._position, self._order = number, 0, []
         for version in sorted({sample.version for sample in self._samples}, reverse=True):
             samples = [sample for sample in self._samples if sample.version == version]
-            random.Random(f"{self.seed}/{number}/{version}").shuffle(samples)
+            random.Random(f"{self.seed}/{self._newest}/{number}/{version}").shuffle(samples)
             self._order += samples
 
 

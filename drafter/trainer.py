@@ -15,6 +15,7 @@ from torch import Tensor
 from drafter.head import EagleHead
 from drafter.loss import LossOptions, draft_loss
 from drafter.packed import PackedFeatures, PolicyWeights
+from drafter.slices import Fits
 from drafter.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -48,13 +49,14 @@ class Flush:
 
 
 class _RowSlice:
-    kind = "forward_backward"
+    """The forward and backward pass of one row."""
 
-    def __init__(self, trainer: "DraftTrainer", row: PackedFeatures) -> None:
-        self._trainer, self._row = trainer, row
+    def __init__(self, trainer: "DraftTrainer", lengths: list[int]) -> None:
+        self._trainer, self._windows = trainer, len(lengths)
+        self.size = sum(lengths)
 
     def run(self) -> None:
-        self._trainer.learn(self._row)
+        self._trainer.learn(self._trainer.store.take(self._windows))
 
 
 class DraftTrainer:
@@ -69,6 +71,8 @@ class DraftTrainer:
         """Optimizer steps taken."""
         self.slices = 0
         """Run on this rank since the last flush."""
+        self.tokens = 0
+        """Of those slices."""
         self._loss, self._options = loss, options
         self._parameters = list(head.parameters())
         self.reset_optimizer()
@@ -83,13 +87,17 @@ class DraftTrainer:
 
     def _clear(self) -> None:
         self._optimizer.zero_grad()
-        self.slices = 0
+        self.slices = self.tokens = 0
         self._sums = torch.zeros(3, device=self._parameters[0].device)  # weight, cross-entropy, counted tokens
 
-    def next(self) -> _RowSlice | None:
-        """The next slice, or None while there is nothing to learn from."""
-        row = self.store.next_row() if self.policy is not None else None
-        return _RowSlice(self, row) if row is not None else None
+    def next(self, fits: Fits) -> _RowSlice | None:
+        """The next slice, or None while there is nothing to learn from. The row is halved until it fits."""
+        most = self.store.tokens_per_row
+        lengths = self.store.next_windows(most) if self.policy is not None else []
+        while len(lengths) > 1 and not fits(sum(lengths)):
+            most = min(most, sum(lengths)) // 2
+            lengths = self.store.next_windows(most)
+        return _RowSlice(self, lengths) if lengths else None
 
     def learn(self, row: PackedFeatures) -> None:
         """Add the gradient of one row."""
@@ -98,6 +106,7 @@ class DraftTrainer:
         result.total.backward()  # type: ignore[no-untyped-call]
         self._sums += torch.stack([result.weight, result.step_cross_entropy.sum(), result.step_counts.sum()])
         self.slices += 1
+        self.tokens += len(row.token_ids)
 
     def flush(self, group: torch.distributed.ProcessGroup | None = None) -> Flush:
         """Take one optimizer step with the slices of all ranks. A collective operation.
@@ -146,7 +155,6 @@ class DraftTrainer:
             "head": self.head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "updates": self.updates,
-            "store": self.store.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -154,4 +162,3 @@ class DraftTrainer:
         self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
-        self.store.restore(state["store"])

@@ -146,7 +146,8 @@ class Drafting:
         self._alarm.observe(step, rollout_metrics, self.live.version)
         self.timeline.end(step)
         if self.trains:
-            self._runner.run_until(lambda: self.trainer.slices >= self._config.drafter.min_slices)
+            least = self._config.drafter.min_slices * self._config.drafter.tokens_per_slice
+            self._runner.run_until(lambda: self.trainer.tokens >= least)
             metrics |= _training_metrics(self.trainer.flush())
             if step % self._config.drafter.publish_every == 0:
                 metrics |= self._publish_if_better(step)

@@ -112,7 +112,7 @@ def _train(
 
 def _update(trainer: DraftTrainer, slices: int) -> float:
     for _ in range(slices):
-        if (piece := trainer.next()) is not None:
+        if (piece := trainer.next(lambda size: True)) is not None:
             piece.run()
     return trainer.flush().loss
 

@@ -304,8 +304,8 @@ class Drafter(Section):
     """Idle time in which the head is trained: pipeline bubbles, and the wait for the last rollouts of a step, which is
     idle only where the engines have devices or cores of their own."""
     min_slices: int = Field(0, ge=0)
-    """Slices of training that every step runs, after its update if idle time had no room for them. With 0 and an empty
-    `fill` the head stays as it is."""
+    """Full slices of training that every step runs, after its update if idle time had no room for so many tokens. With
+    0 and an empty `fill` the head stays as it is."""
     publish_every: PositiveInt = 1
     """Steps between attempts to hand the trained head to the engines, which get it only when it drafts better."""
     lr: PositiveFloat = 1e-4
@@ -313,7 +313,8 @@ class Drafter(Section):
     unroll: int = Field(4, ge=1, le=7)
     """Draft tokens that training looks ahead."""
     tokens_per_slice: PositiveInt = 256
-    """Longest packed row of one slice; longer responses are cut into windows."""
+    """Longest packed row of one slice, which short idle times halve until it fits; longer responses are cut into
+    windows."""
     tokens_per_step: PositiveInt = 8192
     """Tokens of each step's rollouts whose hidden states are kept; an eighth of them is not trained on but measures how
     well the head drafts."""

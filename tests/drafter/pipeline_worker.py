@@ -55,13 +55,13 @@ class Chunk(torch.nn.Module):
 class Work:
     """A source of slices that never ends, and counts; the slices compute gradients of their own."""
 
-    kind = "forward_backward"
+    size = 1
 
     def __init__(self, die_at: int | None) -> None:
         self.done, self.die_at = 0, die_at
         self.weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def next(self) -> "Work":
+    def next(self, fits) -> "Work":
         return self
 
     def run(self) -> None:

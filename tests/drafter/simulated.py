@@ -87,12 +87,12 @@ class Work:
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.done = dice, 0
 
-    def next(self):
+    def next(self, fits):
         return None if self.dice.random() < 0.05 else self
 
     @property
-    def kind(self) -> str:
-        return self.dice.choice(("forward_backward", "reduce"))
+    def size(self) -> int:
+        return self.dice.choice((1, 100))
 
     def run(self) -> None:
         self.done += 1

@@ -14,12 +14,12 @@ from drafter.slices import SliceRunner
 class Nap:
     """Slices of a millisecond that note their thread."""
 
-    kind = "nap"
+    size = 1
 
     def __init__(self) -> None:
         self.threads: list[threading.Thread] = []
 
-    def next(self) -> "Nap":
+    def next(self, fits) -> "Nap":
         return self
 
     def run(self) -> None:

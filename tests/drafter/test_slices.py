@@ -10,7 +10,7 @@ from drafter.slices import Durations, SliceRunner, idle_until_fit
 class World:
     """Simulated time, and a source of slices that each take `length` of it."""
 
-    kind = "forward_backward"
+    size = 1
 
     def __init__(self, length: float, limit: float = math.inf) -> None:
         self.now, self.length, self.left = 0.0, length, limit
@@ -18,7 +18,7 @@ class World:
     def clock(self) -> float:
         return self.now
 
-    def next(self) -> "World | None":
+    def next(self, fits) -> "World | None":
         return self if self.left > 0 else None
 
     def run(self) -> None:
@@ -38,19 +38,61 @@ class World:
 def trained(world: World) -> SliceRunner:
     runner = SliceRunner(world, clock=world.clock)
     for _ in range(3):
-        runner.durations.observe(world.kind, world.length)
+        runner.durations.observe(world.size, world.length)
     return runner
+
+
+class Piece:
+    """A part of `Divisible`: a fixed cost of 1, and 1 for each unit of size."""
+
+    def __init__(self, world: "Divisible", size: int) -> None:
+        self.world, self.size = world, size
+
+    def run(self) -> None:
+        self.world.now += 1 + self.size
+        self.world.ran.append(self.size)
+
+
+class Divisible(World):
+    """Work that can be halved."""
+
+    def __init__(self) -> None:
+        super().__init__(length=0)
+        self.ran: list[int] = []
+
+    def next(self, fits) -> Piece:
+        return Piece(self, next((size for size in (8, 4, 2) if fits(size)), 1))
 
 
 def test_durations_are_medians_without_the_first_run():
     durations = Durations(window=3)
-    assert durations.expected("a") == 0
-    durations.observe("a", 100.0)
-    assert durations.expected("a") == 0
+    assert durations.expected(4) == 0
+    durations.observe(4, 100.0)
+    assert durations.expected(4) == 0
     for seconds in (9.0, 1.0, 2.0, 3.0):
-        durations.observe("a", seconds)
-    assert durations.expected("a") == 2.0  # of the last three
-    assert durations.expected("b") == 0
+        durations.observe(4, seconds)
+    assert durations.expected(4) == 2.0  # of the last three
+
+
+def test_an_unknown_size_takes_the_rate_of_the_nearest_until_it_has_run():
+    durations = Durations()
+    for size, seconds in ((8, 9.0), (8, 9.0), (64, 64.0)):
+        durations.observe(size, seconds)
+    assert durations.expected(4) == 4.5 and durations.expected(60) == 60.0 and durations.expected(12) == 13.5
+    durations.observe(4, 5.0)
+    assert durations.expected(4) == 5.0
+
+
+def test_work_is_cut_to_fit():
+    world = Divisible()
+    runner = SliceRunner(world, clock=world.clock)
+    runner.run_until(lambda: len(world.ran) == 3)
+    assert world.ran == [8, 8, 8]
+    for _ in range(20):  # learns the fixed cost of small slices
+        runner.run_while(world.wait_until(world.now + 6.0), expected=6.0)
+    world.ran.clear()
+    filled, end = runner.run_while(world.wait_until(world.now + 6.0), expected=6.0), world.now
+    assert world.ran == [4] and filled.seconds(0, end) == pytest.approx(5.0)
 
 
 def test_an_expected_wait_is_filled_without_overrun():

@@ -21,9 +21,7 @@ def sequences(row: PackedFeatures) -> list[tuple[int, ...]]:
 def drawn(store: FeatureStore, rows: int) -> list[tuple[int, ...]]:
     result = []
     for _ in range(rows):
-        row = store.next_row()
-        assert row is not None
-        result += sequences(row)
+        result += sequences(store.take(len(store.next_windows(store.tokens_per_row))))
     return result
 
 
@@ -33,7 +31,7 @@ def names(rows: list[PackedFeatures]) -> set[tuple[int, ...]]:
 
 def test_an_empty_store_gives_nothing():
     store = FeatureStore(10**6, 32)
-    assert store.next_row() is None and store.held_out_rows() == [] and store.bytes == 0
+    assert store.next_windows(32) == [] and store.held_out_rows() == [] and store.bytes == 0
 
 
 def test_rows_are_packed_up_to_the_limit_and_a_pass_gives_every_window_once():
@@ -41,10 +39,9 @@ def test_rows_are_packed_up_to_the_limit_and_a_pass_gives_every_window_once():
     store.add(1, rows, [])
     lengths = []
     for _ in range(3):
-        row = store.next_row()
-        assert row is not None
-        lengths.append(len(row.token_ids))
-    assert lengths == [30, 30, 10]
+        lengths.append(store.next_windows(32))
+        assert len(store.take(len(lengths[-1])).token_ids) == sum(lengths[-1])
+    assert lengths == [[10, 10, 10], [10, 10, 10], [10]]
     store.add(1, [], [])
     assert set(drawn(store, 3)) == names(rows)
 
@@ -53,6 +50,16 @@ def test_a_window_longer_than_a_row_is_a_row_by_itself():
     store = FeatureStore(10**9, 8)
     store.add(1, windows(2), [])
     assert [len(s) for s in drawn(store, 2)] == [10, 10]
+
+
+def test_the_next_row_may_be_asked_for_in_several_sizes_before_it_is_taken():
+    store = FeatureStore(10**9, 32)
+    store.add(1, windows(7), [])
+    assert [len(store.next_windows(most)) for most in (32, 16, 25, 1, 32)] == [3, 1, 2, 1, 3]
+    first = drawn(store, 1)
+    again = FeatureStore(10**9, 32)
+    again.add(1, windows(7), [])
+    assert sequences(again.take(1)) + sequences(again.take(2)) == first
 
 
 def test_the_newest_version_comes_first_then_the_older_ones_then_the_newest_again():
@@ -94,25 +101,25 @@ def test_the_order_is_a_function_of_seed_and_pass():
     assert first[:8] != first[8:]
 
 
-def test_a_restored_store_goes_on_where_the_other_one_was():
-    store, other = FeatureStore(10**9, 20, 3), FeatureStore(10**9, 20, 3)
-    store.add(1, windows(9), [])
-    drawn(store, 7)
-    other.add(1, windows(9), [])
-    other.restore(store.state())
-    assert drawn(other, 9) == drawn(store, 9)
-
-
-def test_a_store_that_forgot_goes_on_like_a_restored_empty_one():
+def test_a_store_that_forgot_goes_on_like_a_new_one():
     store, other = FeatureStore(10**9, 20, 3), FeatureStore(10**9, 20, 3)
     store.add(1, windows(9), windows(1, 4))
     drawn(store, 4)
     store.forget()
-    assert store.next_row() is None and store.held_out_rows() == []
-    other.restore(store.state())
+    assert store.next_windows(20) == [] and store.held_out_rows() == []
     for each in (store, other):
         each.add(2, windows(9, 2), [])
     assert drawn(other, 9) == drawn(store, 9)
+
+
+def test_every_version_has_an_order_of_its_own():
+    store = FeatureStore(10**9, 10)
+    orders = []
+    for version in (1, 2):
+        store.add(version, windows(8), [])
+        orders.append(drawn(store, 8))
+        store.forget()
+    assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
 
 
 def test_eagle_features_that_are_the_final_hidden_states_count_once():

@@ -32,7 +32,7 @@ def new_head() -> EagleHead:
 
 def run_slices(trainer: DraftTrainer, count: int) -> None:
     for _ in range(count):
-        piece = trainer.next()
+        piece = trainer.next(lambda size: True)
         assert piece is not None
         piece.run()
 
@@ -89,8 +89,8 @@ def test_a_gradient_that_is_not_finite_is_dropped():
 def test_there_are_no_slices_without_the_policy_or_features():
     trainer = make_trainer(new_head())
     trainer.policy = None
-    assert trainer.next() is None
-    assert make_trainer(new_head(), rows=0).next() is None
+    assert trainer.next(lambda size: True) is None
+    assert make_trainer(new_head(), rows=0).next(lambda size: True) is None
 
 
 def test_the_learning_rate_rises_during_the_warm_up():

@@ -57,7 +57,7 @@ def test_ranks_hold_the_same_head_and_the_engines_the_best_one(root: Path):
 def test_metrics_of_a_step(root: Path):
     metrics = load(root / "whole")[0]["exact"]["metrics"]
     for step, values in enumerate(metrics, start=1):
-        assert values["drafter/slices"] == 6, "three on each rank"
+        assert values["drafter/slices"] >= 6, "the tokens of three full slices on each rank"
         assert math.isfinite(values["drafter/loss"]) and values["drafter/grad_norm"] > 0
         assert 1 <= values["drafter/heldout_length"] <= 4
         assert 0 <= values["drafter/accepted_1"] <= 1
