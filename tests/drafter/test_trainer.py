@@ -7,7 +7,7 @@ import torch
 
 from drafter.head import EagleHead
 from drafter.loss import LossOptions, draft_loss
-from drafter.packed import pack
+from drafter.packed import PackedFeatures, pack
 from drafter.store import FeatureStore
 from drafter.trainer import DraftTrainer, OptimizerOptions
 from tests.drafter.policies import random_policy, random_row, small_config
@@ -19,10 +19,14 @@ STEPS = LossOptions(steps=3)
 
 def make_trainer(head: EagleHead, rows: int = 6, warmup: int = 1) -> DraftTrainer:
     store = FeatureStore(10**9, 32, seed=5)
-    store.add(1, [random_row(CONFIG, [12], seed=seed) for seed in range(rows)], [])
+    store.add(1, new_rows(rows), [])
     trainer = DraftTrainer(head, store, STEPS, OptimizerOptions(lr=1e-2, warmup_steps=warmup))
     trainer.policy = random_policy(CONFIG)
     return trainer
+
+
+def new_rows(count: int = 6) -> list[PackedFeatures]:
+    return [random_row(CONFIG, [12], seed=seed) for seed in range(count)]
 
 
 def new_head() -> EagleHead:
@@ -110,8 +114,11 @@ def test_a_resumed_training_ends_with_the_same_bits():
         whole.flush()
         if step == 2:
             state = copy.deepcopy(whole.state())
-    resumed = make_trainer(EagleHead(CONFIG))
+            whole.store.forget()
+            whole.store.add(2, new_rows(), [])
+    resumed = make_trainer(EagleHead(CONFIG), rows=0)
     resumed.restore(state)
+    resumed.store.add(2, new_rows(), [])
     for _ in range(3):
         run_slices(resumed, 2)
         resumed.flush()
