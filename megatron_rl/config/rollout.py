@@ -1,10 +1,13 @@
 """The section `rollout` of an experiment file: the engines, how they sample, and what makes them fast."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.section import Section
+
+Quantization = Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"]
 
 
 class Speculation(Section):
@@ -42,6 +45,9 @@ class Rollout(Section):
     """Tensor parallel size of each engine."""
     placement: Literal["colocated", "separate"] = "colocated"
     """colocated: engines share the trainer's devices; separate: they have devices of their own."""
+    sleep: Literal[0, 1, 2] = 0
+    """What colocated GPU engines give up while the trainer works. 0: nothing; 1: keys and values, and the weights move
+    to host memory; 2: keys, values and weights, which the next sync brings anyway. CPU engines keep their memory."""
     max_tokens: PositiveInt = 1024
     """Longest response, in tokens."""
     temperature: PositiveFloat = 1.0
@@ -54,12 +60,16 @@ class Rollout(Section):
     the same with any drafts; rejection: by vLLM's own rule, for comparison."""
     speculation: Speculation = Speculation()
     """Drafts that the engines verify."""
-    quantization: Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"] = "none"
+    quantization: Quantization | list[Quantization] = "none"
     """Precision of the linear layers' weights and activations in the engines, quantized anew at every sync. int8: a
-    scale per output channel and per token; fp8 (GPUs): scales per tensor, per channel, or per block of 128 x 128."""
+    scale per output channel and per token; fp8 (GPUs): scales per tensor, per channel, or per block of 128 x 128. Or a
+    list, for a mixed fleet: engine i takes entry `i mod length`."""
     quantization_skip: list[str] = Field(default_factory=list)
     """Linear layers that stay in the engine's own precision: `first:N` and `last:N` decoder layers, or patterns of
     names such as `*.down_proj` and `model.layers.3.*`. Fused projections (q, k, v; gate, up) stay together."""
+    precision_tail: float = Field(0.0, ge=0, lt=1)
+    """In a mixed fleet: quantized engines begin all responses, and this share of them, the longest ones, is finished by
+    the engines without quantization (see `docs/quantization.md`); 0: each response stays where it began."""
     lm_head_fp32: bool = False
     """Compute the logits in float32, also in bf16 engines. The output layer is never quantized."""
     weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
@@ -72,3 +82,21 @@ class Rollout(Section):
     """CPU threads per engine; null: all cores when colocated, divided by the number of engines."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Options of vLLM's engine by their own names, e.g. `gpu_memory_utilization: 0.5`, `enforce_eager: true`."""
+
+    @property
+    def precisions(self) -> list[str]:
+        """Each engine's entry of `quantization`."""
+        entries = [self.quantization] if isinstance(self.quantization, str) else self.quantization
+        return [entries[engine % len(entries)] for engine in range(self.engines)]
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _only_known_precisions(cls, value: Any) -> Any:
+        # Of a value that is neither a name nor a list of names, pydantic would list how it is neither.
+        known = get_args(Quantization)
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(entry in known for entry in entries):
+            raise ConfigError(
+                f"rollout.quantization={value!r} is not valid; it is one of {', '.join(known)}, or a list."
+            )
+        return value
