@@ -11,6 +11,7 @@ from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation import Generator
 from megatron_rl.scratch import make_scratch_model
 from megatron_rl.start import load_tokenizer
+from rollout.precision import PrecisionCounts
 from rollout.records import Rollout, RolloutRequest, Source, SpeculationCounts
 
 
@@ -21,6 +22,7 @@ class EchoFleet:
         self.answer = answer
         self.seen: list[RolloutRequest] = []
         self.counts: list[SpeculationCounts] = []
+        self.precision_counts = PrecisionCounts()
 
     def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
         self.seen = requests
@@ -40,6 +42,9 @@ class EchoFleet:
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
         return self.counts
+
+    def take_precision_counts(self) -> PrecisionCounts:
+        return self.precision_counts
 
 
 def raising_reward(prompt: str, response: str, answer: str) -> float:
