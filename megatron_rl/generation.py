@@ -82,16 +82,20 @@ class Generator:
         start = time.perf_counter()
         rollouts = self._generate("generating", requests, self.watch)
         seconds = time.perf_counter() - start
-        if config.rollout.sleep:
-            self._fleet.sleep()
+        asleep = self._let_sleep() if config.rollout.sleep else {}
         rewards = self._score(rollouts, prompts)
-        self.metrics |= {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
+        self.metrics |= asleep | {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
         if len(set(config.rollout.precisions)) > 1:
             counts = self._fleet.take_precision_counts()
             self.metrics |= generation_metrics(rollouts, counts, config.rollout.precisions)
         drafters = config.rollout.speculation.drafters
         self.metrics |= speculation_metrics(rollouts, self._fleet.take_speculation_counts(), drafters)
         return ScoredRollouts(rollouts, rewards)
+
+    def _let_sleep(self) -> dict[str, float]:
+        start = time.perf_counter()
+        self._fleet.sleep()
+        return {"time/sleep": time.perf_counter() - start}
 
     def evaluate(self, step: int) -> None:
         """Greedy accuracy, and avg@k when `eval.samples` asks for it, of every held-out set; fills `metrics`."""
