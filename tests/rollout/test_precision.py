@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from rollout.engine import RolloutEngine
 from rollout.fleet import RolloutFleet
 from rollout.precision import Tail, deal
 from rollout.records import Rollout, RolloutRequest, Source
@@ -154,6 +155,13 @@ def test_a_response_that_was_begun_elsewhere_goes_on_as_if_it_had_stayed(mixed: 
         assert rest.token_ids == expected.token_ids[7:]
         assert rest.logprobs == pytest.approx(expected.logprobs[7:], abs=1e-3)
         assert rest.finish_reason == expected.finish_reason
+
+
+def test_a_minimum_length_counts_what_was_begun() -> None:
+    engine = RolloutEngine({}, sampling={"min_tokens": 8, "top_k": 5})
+    assert [engine._sampling_after(tokens) for tokens in (0, 5, 20)] == [
+        {"min_tokens": left, "top_k": 5} for left in (8, 3, 0)
+    ]
 
 
 def test_the_longest_responses_are_begun_in_int8_and_finished_without(
