@@ -90,18 +90,18 @@ def check_device(config: Config) -> None:
 
 
 def _check_quantization(config: Config) -> None:
-    kind = config.rollout.quantization
-    if kind == "none":
-        return
-    if kind != "int8" and not on_gpu():
-        raise ConfigError(f"rollout.quantization={kind} needs a GPU, but this machine has none; use int8 or none.")
-    if on_gpu() and config.model.precision == "fp32":
-        raise ConfigError(f"rollout.quantization={kind} on a GPU needs bf16 activations; set model.precision=bf16.")
-    if not on_gpu() and not torch.cpu._is_vnni_supported():
-        raise ConfigError(
-            "rollout.quantization=int8 needs a CPU with AVX-512 VNNI, which this one lacks: its products of int8 "
-            "numbers would overflow; use none."
-        )
+    for kind in config.rollout.precisions:
+        if kind == "none":
+            continue
+        if kind != "int8" and not on_gpu():
+            raise ConfigError(f"rollout.quantization={kind} needs a GPU, but this machine has none; use int8 or none.")
+        if on_gpu() and config.model.precision == "fp32":
+            raise ConfigError(f"rollout.quantization={kind} on a GPU needs bf16 activations; set model.precision=bf16.")
+        if not on_gpu() and not torch.cpu._is_vnni_supported():
+            raise ConfigError(
+                "rollout.quantization=int8 needs a CPU with AVX-512 VNNI, which this one lacks: its products of int8 "
+                "numbers would overflow; use none."
+            )
 
 
 def default_world_size(config: Config) -> int:
@@ -169,6 +169,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
             # Ray must not reserve the devices that the trainer already uses; vLLM takes the share it is told to.
             gpus *= 0.01
             vllm["gpu_memory_utilization"] = 0.5
+            vllm["enable_sleep_mode"] = config.rollout.sleep > 0
         sync = "ipc" if config.rollout.placement == "colocated" else "nccl"
     else:
         gpus, sync = 0.0, "shm"

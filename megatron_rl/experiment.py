@@ -21,11 +21,13 @@ from megatron_rl.generation import Generator
 from megatron_rl.heads import folder_for_engines, initial_head
 from megatron_rl.metrics import MetricsLogger
 from megatron_rl.models.weights import export_hf
+from megatron_rl.precision import gap_metrics, warn_of_bias
 from megatron_rl.report import write_report
 from megatron_rl.start import begin
 from megatron_rl.trainer import Policy, Progress, Trainer
 from megatron_rl.weight_sync import WeightSync
 from rollout.fleet import RolloutFleet
+from rollout.records import Rollout
 
 Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
@@ -72,6 +74,7 @@ class Experiment:
         self.weight_sync: WeightSync
         self.fleet: RolloutFleet | None = None
         if runtime.is_driver:  # engines start while the trainer is built
+            warn_of_bias(config)
             self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
             self.fleet = RolloutFleet(
                 config,
@@ -150,13 +153,13 @@ class Experiment:
         with self.clock.phase("drafter"):
             return self.drafting.finish_step(step, seconds, tokens, rollout_metrics)
 
-    def step_metrics(self, batch: Batch, update: Metrics, sync: Metrics) -> Metrics:
-        """All metrics of a step, on the driver; elsewhere an empty dict."""
+    def step_metrics(self, rollouts: list[Rollout], batch: Batch, update: Metrics, sync: Metrics) -> Metrics:
+        """All metrics of a step, whose `rollouts` make up `batch`, on the driver; elsewhere an empty dict."""
         if not self.runtime.is_driver:
             return {}
         old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
         gap = mismatch_metrics(old, rollout)
-        correction = correct_mismatch(old, rollout, batch.lengths, self.config.algorithm.correction).metrics()
+        correction = correct_mismatch(old, rollout, batch.lengths, self.config.algorithm.correction)
         seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
         sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
         metrics = {
@@ -164,7 +167,8 @@ class Experiment:
             "logprob_gap/max": gap["max_abs"],
             "correction/ess": gap["ess"],
             "correction/kl": gap["kl"],
-            **{f"correction/{name}": value for name, value in correction.items()},
+            **{f"correction/{name}": value for name, value in correction.metrics().items()},
+            **gap_metrics(rollouts, old, rollout, correction),
             "correction/skipped_updates": update["skipped"] * self.config.train.minibatches,
             "loss/policy": update["policy_loss"],
             "loss/entropy": update["entropy"],

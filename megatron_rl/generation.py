@@ -11,6 +11,7 @@ from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.data.order import PromptOrder, evaluation_seed, rollout_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
+from megatron_rl.precision import generation_metrics
 from megatron_rl.rewards.score import ScoreItem, Scorer
 from megatron_rl.speculation import speculation_metrics
 from rollout.fleet import RolloutFleet
@@ -77,14 +78,24 @@ class Generator:
         ]
         prompts = [prompt for prompt, _ in visits for _ in range(config.algorithm.group_size)]
         self._fleet.take_speculation_counts()  # those of an evaluation
+        self._fleet.take_precision_counts()
         start = time.perf_counter()
         rollouts = self._generate("generating", requests, self.watch)
         seconds = time.perf_counter() - start
+        asleep = self._let_sleep() if config.rollout.sleep else {}
         rewards = self._score(rollouts, prompts)
-        self.metrics |= {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
-        counts, drafters = self._fleet.take_speculation_counts(), config.rollout.speculation.drafters
-        self.metrics |= speculation_metrics(rollouts, counts, drafters)
+        self.metrics |= asleep | {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
+        if len(set(config.rollout.precisions)) > 1:
+            counts = self._fleet.take_precision_counts()
+            self.metrics |= generation_metrics(rollouts, counts, config.rollout.precisions)
+        drafters = config.rollout.speculation.drafters
+        self.metrics |= speculation_metrics(rollouts, self._fleet.take_speculation_counts(), drafters)
         return ScoredRollouts(rollouts, rewards)
+
+    def _let_sleep(self) -> dict[str, float]:
+        start = time.perf_counter()
+        self._fleet.sleep()
+        return {"time/sleep": time.perf_counter() - start}
 
     def evaluate(self, step: int) -> None:
         """Greedy accuracy, and avg@k when `eval.samples` asks for it, of every held-out set; fills `metrics`."""

@@ -20,6 +20,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#e08a1e", "#3a9a5b", "#c8423f", "#8
 ARM_COLOURS = (GREY, "#9cc3e6", "#5b9bd5", BLUE, "#173f73", ORANGE, GREEN, RED)
 PHASES = (  # metric, name, colour; in the order of a step
     ("time/generate", "generate", "#2f6db5"),
+    ("time/sleep", "falling asleep", "#b0b0b0"),
     ("time/reward", "reward", "#7fb2e5"),
     ("time/old_logprobs", "old log-probs", "#3a9a5b"),
     ("time/ref_logprobs", "reference log-probs", "#9fd3ae"),

@@ -31,6 +31,8 @@ SETTINGS = (
     "rollout.max_tokens",
     "rollout.temperature",
     "rollout.verify",
+    "rollout.quantization",
+    "rollout.precision_tail",
     "rollout.speculation.adaptive",
     "rollout.speculation.max_draft_tokens",
     "reward.function",

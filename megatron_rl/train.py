@@ -67,7 +67,7 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
 
     drafts = experiment.train_drafter(batch, step)
 
-    return experiment.step_metrics(batch, update, sync) | drafts
+    return experiment.step_metrics(scored.rollouts, batch, update, sync) | drafts
 
 
 def evaluate(experiment: Experiment, step: int) -> Metrics:

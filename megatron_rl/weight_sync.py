@@ -86,10 +86,15 @@ class WeightSync:
         Raises:
             RuntimeError: with `rollout.verify_weights`, when an engine does not hold the trainer's bits.
         """
+        if self._config.rollout.sleep:
+            # In reach of all ranks: an engine that died in its sleep may need them.
+            self._coordinator.drive(lambda: self._fleet.wake_up() if self._fleet is not None else None)
         if self._stale:
             self._connection.shutdown()
             self._connection, self._stale = self._connect(), False
         report = self._connection.sync()
+        if self._config.rollout.sleep:
+            self._coordinator.drive(lambda: self._fleet.wake_up_fully() if self._fleet is not None else None)
         if self._fleet is not None:
             self._fleet.set_policy_version(version)
         if self._config.rollout.verify_weights:

@@ -1,7 +1,6 @@
 """One rollout engine: a vLLM engine in this process, fed with token ids and seeds. `RolloutFleet` runs the actors."""
 
 import dataclasses
-import difflib
 import os
 import time
 from typing import Any
@@ -15,24 +14,7 @@ from rollout.eagle import head_arguments
 from rollout.head_weights import PackedHead
 from rollout.quantization import quantization_arguments
 from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
-
-# Options of vLLM that follow from keys of ours, or on which this package relies.
-_RESERVED = {
-    "model": "set model.path",
-    "tensor_parallel_size": "set rollout.tp_size",
-    "weight_transfer_config": "set rollout.weight_sync",
-    "worker_extension_cls": "it is used by the engine itself",
-    "logprobs_mode": "it is always processed_logprobs",
-    "skip_tokenizer_init": "requests carry token ids, so it is always true",
-    "generation_config": "sampling follows from rollout.temperature alone",
-    "pipeline_parallel_size": "engines are split by rollout.tp_size alone",
-    "quantization": "set rollout.quantization",
-    "quantization_config": "set rollout.quantization and rollout.quantization_skip",
-    "speculative_config": "set rollout.speculation",
-    "scheduler_cls": "it is used for rollout.speculation",
-    "additional_config": "it is used for rollout.speculation",
-    "async_scheduling": "drafts are made between steps, so it is off whenever rollout.speculation is on",
-}
+from rollout.vllm_options import check_sampling_options, check_vllm_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,46 +39,16 @@ class TimedGeneration:
     full_seconds: float
 
 
-def check_vllm_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError for a name in `rollout.vllm` that vLLM does not have or that is not to be set there."""
-    from vllm import EngineArgs
-
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name in options:
-        if name in _RESERVED:
-            raise ConfigError(f"rollout.vllm.{name} cannot be set: {_RESERVED[name]}.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "the names are those of vLLM's EngineArgs."
-            raise ConfigError(f"rollout.vllm.{name} is no option of vLLM's engine; {hint}")
-
-
-def check_sampling_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError for a name or value in `rollout.sampling` that vLLM or coupled sampling does not take."""
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
-
-    from rollout.constraints import SUPPORTED
-
-    for name in options:
-        if name not in SUPPORTED:
-            close = difflib.get_close_matches(name, SUPPORTED, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(SUPPORTED)}."
-            raise ConfigError(f"rollout.sampling.{name} is not supported; {hint}")
-    if "bad_words" in options:
-        raise ConfigError(
-            "rollout.sampling.bad_words needs a tokenizer in the engine, which gets token ids; leave it out."
-        )
-    try:
-        SamplingParams(**options)
-    except (ValueError, TypeError, VLLMValidationError) as error:
-        raise ConfigError(f"vLLM refuses rollout.sampling: {error}") from None
-
-
 def engine_arguments(
-    config: Config, environment: EngineEnvironment, model_path: str, drafter_path: str | None = None
+    config: Config,
+    environment: EngineEnvironment,
+    model_path: str,
+    drafter_path: str | None = None,
+    engine: int = 0,
 ) -> dict[str, Any]:
-    """The arguments of vLLM's `EngineArgs`; `drafter_path` is the folder of an EAGLE head, None: `drafter.path`.
+    """The arguments of vLLM's `EngineArgs` for that engine of the fleet.
+
+    `drafter_path` is the folder of an EAGLE head, None: `drafter.path`.
 
     Raises ConfigError, see `check_vllm_options`, `check_sampling_options`, `rollout.eagle.head_arguments` and
     `rollout.quantization.quantization_arguments`.
@@ -119,7 +71,7 @@ def engine_arguments(
     if config.rollout.tp_size > 1:
         # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
         arguments["distributed_executor_backend"] = "mp"
-    arguments |= quantization_arguments(config, model_path, environment.dtype)
+    arguments |= quantization_arguments(config, engine, model_path, environment.dtype)
     return arguments | _speculation_arguments(config, drafter_path)
 
 
@@ -151,13 +103,22 @@ def _speculation_arguments(config: Config, drafter_path: str | None) -> dict[str
 class RolloutEngine:
     """Generates one response per request. All methods run in the actor's one thread, in the order of the calls."""
 
-    def __init__(self, arguments: dict[str, Any], coupled: bool = True, sampling: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        coupled: bool = True,
+        sampling: dict[str, Any] | None = None,
+        precision: str = "none",
+    ) -> None:
         """`arguments`: see `engine_arguments`. Does nothing yet, because an actor's errors are clearer in a method.
 
         `coupled` samples with each request's seed (otherwise by vLLM's own rules); `sampling` are further options of
-        vLLM's SamplingParams for every request.
+        vLLM's SamplingParams for every request; `precision`, by the names of `rollout.quantization`, is what rollouts
+        are marked with.
         """
         self._arguments, self._coupled, self._sampling = arguments, coupled, sampling or {}
+        self._precision = precision
+        self._limit: int | None = None
         self._internal_names: dict[str, str] = {}
         self._running: dict[str, RolloutRequest] = {}
         self._submitted = 0
@@ -197,7 +158,11 @@ class RolloutEngine:
         self._policy_version = version
 
     def submit(self, requests: list[RolloutRequest]) -> None:
-        """Queue requests; none of them, with a ValueError, when one does not fit the engine's length or vocabulary."""
+        """Queue requests; none of them, with a ValueError, when one does not fit the engine's length or vocabulary.
+
+        One that another engine has begun goes on after these tokens, and its rollout has the new ones alone. Noise
+        belongs to places in the sequence, so nothing else has to be said about where it goes on.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -206,20 +171,48 @@ class RolloutEngine:
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
-                max_tokens=request.max_tokens,
+                max_tokens=min(request.max_tokens, self._limit or request.max_tokens) - len(request.begun),
                 stop_token_ids=[] if request.ignore_eos else self._stop_ids,
                 ignore_eos=request.ignore_eos,
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={GROUP_KEY: request.prompt_id} | ({SEED_KEY: request.seed} if self._coupled else {}),
-                **self._sampling,
+                **self._sampling_after(len(request.begun)),
             )
             self._submitted += 1
             name = str(self._submitted)
-            prompt = {"prompt_token_ids": request.prompt_ids}
+            prompt = {"prompt_token_ids": request.prompt_ids + request.begun}
             self._internal_names[name] = self._llm.add_request(name, prompt, parameters)
             self._running[name] = request
+
+    def _sampling_after(self, tokens: int) -> dict[str, Any]:
+        """`rollout.sampling` for a response that has so many tokens already."""
+        shortest = self._sampling.get("min_tokens", 0)
+        return self._sampling | ({"min_tokens": max(shortest - tokens, 0)} if shortest else {})
+
+    def shorten(self, limit: int | None) -> None:
+        """End all responses, also those submitted later, at so many tokens, or where they are if longer; None: do not.
+
+        A rollout that is shorter than its request's `max_tokens` and did not stop by itself was ended by this.
+        """
+        self._limit = limit
+        if limit is not None:
+            for request in self._scheduler.requests.values():
+                request.max_tokens = min(request.max_tokens, limit)
+
+    def sleep(self, level: int) -> None:
+        """Leave the accelerator's memory to others, as vLLM's sleep mode does: see `rollout.sleep`.
+
+        Raises RuntimeError while requests are running.
+        """
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are still running; an engine sleeps between them.")
+        self._llm.sleep(level)
+
+    def wake_up(self, part: str) -> None:
+        """Take back the memory of one part: `weights`, then, after a weight update, `kv_cache`."""
+        self._llm.wake_up([part])
 
     def _check(self, request: RolloutRequest) -> None:
         model = self._llm.model_config
@@ -270,6 +263,7 @@ class RolloutEngine:
             finish_reason=completion.finish_reason,
             policy_version=self._policy_version,
             sources=sources,
+            precisions=[(self._precision, len(tokens))],
         )
 
     @property

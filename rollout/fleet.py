@@ -7,10 +7,11 @@ fleet.shutdown()
 
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
+from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, join, key_of
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,6 @@ _HEADS_IN_STORE = 2
 
 _STOP_SECONDS = 10.0
 
-RequestKey = tuple[str, int, int]  # prompt id, sample index, epoch: a step may straddle two epochs
-
 
 @dataclass
 class EngineState:
@@ -48,9 +48,11 @@ class EngineState:
     index: int
     actor: Any
     max_requests: int
+    precision: str  # by the names of `rollout.quantization`
     running: dict[RequestKey, RolloutRequest] = field(default_factory=dict)
     submitted: list[Any] = field(default_factory=list)  # submissions whose success has not been looked at
     restarts: int = 0
+    busy_since: float = 0.0
 
 
 class RolloutFleet:
@@ -78,26 +80,35 @@ class RolloutFleet:
         started them. Raises ConfigError for wrong `rollout.vllm` options, RuntimeError when an engine does not start.
         """
         rollout = config.rollout
-        self._arguments = (
-            engine_arguments(config, environment, model_path, drafter_path),
-            rollout.verify == "coupled",
-            rollout.sampling,
-        )
+        self._arguments = [
+            (
+                engine_arguments(config, environment, model_path, drafter_path, index),
+                rollout.verify == "coupled",
+                rollout.sampling,
+                precision,
+            )
+            for index, precision in enumerate(rollout.precisions)
+        ]
         self._environment = environment
         self._head_folder: Path | None = None
         if config.rollout.speculation.uses_head:
-            self._head_folder = Path(self._arguments[0]["speculative_config"]["model"])
+            self._head_folder = Path(self._arguments[0][0]["speculative_config"]["model"])
         self._head: tuple[Any, int] | None = None  # the newest one pushed: Ray's reference to the weights, version
         self.workers_per_engine = config.rollout.tp_size
         self._max_restarts = config.rollout.max_restarts
         self._on_restart = on_restart
         self._policy_version = 0
+        self._tail_share = rollout.precision_tail
+        self._counts = PrecisionCounts()
+        self._sleep_level, self._asleep = rollout.sleep, False
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
-        actors = [self._create_actor() for _ in range(config.rollout.engines)]
-        self._starts = [actor.start.remote() for actor in actors]
-        self._engines = [EngineState(i, actor, max_requests=0) for i, actor in enumerate(actors)]
+        self._engines = [
+            EngineState(index, self._create_actor(index), max_requests=0, precision=precision)
+            for index, precision in enumerate(rollout.precisions)
+        ]
+        self._starts = [engine.actor.start.remote() for engine in self._engines]
         if wait:
             self.wait_until_up()
 
@@ -106,14 +117,14 @@ class RolloutFleet:
         for engine, start in zip(self._engines, self._starts, strict=True):
             engine.max_requests = self._wait_until_up(engine.index, start)
 
-    def _create_actor(self) -> Any:
+    def _create_actor(self, index: int) -> Any:
         options: dict[str, Any] = {
             "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
             "num_gpus": self._environment.gpus,
             "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
             "runtime_env": {"env_vars": _engine_variables(self._environment)},
         }
-        return ray.remote(RolloutEngine).options(**options).remote(*self._arguments)
+        return ray.remote(RolloutEngine).options(**options).remote(*self._arguments[index])
 
     def _wait_until_up(self, index: int, start: Any) -> int:
         try:
@@ -124,20 +135,60 @@ class RolloutFleet:
         except RayError as error:
             raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
 
-    def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
+    def generate(self, requests: list[RolloutRequest]) -> Generator[Rollout]:
         """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index, epoch) are unique.
 
         Requests of one prompt go to one engine, which so computes the prompt once. Rollouts do not depend on the
-        number of engines or on the order. Raises RuntimeError when an engine died more often than
-        `rollout.max_restarts`.
+        number of engines or on the order; in a mixed fleet, the list of requests decides in which precision a prompt is
+        generated. Raises RuntimeError when an engine died more often than `rollout.max_restarts`, or when the engines
+        sleep.
         """
-        if len({_key(request) for request in requests}) < len(requests):
+        if len({key_of(request) for request in requests}) < len(requests):
             raise ValueError("two requests have the same prompt id, sample index and epoch")
-        backlog = _groups(requests)
+        if self._asleep:
+            raise RuntimeError("the engines sleep; wake them up, and give them weights, before they generate.")
+        if not self._tail_share:
+            return self._run(deal(requests, [engine.precision for engine in self._engines]))
+        quantized = [engine.precision for engine in self._engines if engine.precision != "none"]
+        backlog = deal(requests, quantized)
+        size = int(self._tail_share * len(requests))
+        return self._run_with_tail(backlog, requests, Tail(len(requests), size)) if size else self._run(backlog)
+
+    def _run_with_tail(self, backlog: Backlog, requests: list[RolloutRequest], tail: Tail) -> Generator[Rollout]:
+        """Quantized engines generate; the engines without quantization finish the longest responses."""
+        asked = {key_of(request): request for request in requests}
+        limit: int | None = None
+        try:
+            with closing(self._run(backlog)) as rollouts:
+                for rollout in rollouts:
+                    full = asked[key_of(rollout)].max_tokens
+                    cut = rollout.finish_reason == "length" and len(rollout.token_ids) < full
+                    yield from tail.add(rollout, cut)
+                    if tail.limit != limit:
+                        limit = tail.limit
+                        self._shorten(limit)
+        finally:
+            self._shorten(None)
+        complete, begun = tail.split()
+        self._counts.discarded += tail.discarded
+        yield from complete
+        beginnings = {key_of(rollout): rollout for rollout in begun}
+        rest = [replace(asked[key], begun=rollout.token_ids) for key, rollout in beginnings.items()]
+        with closing(self._run(deal(rest, ["none"]))) as rollouts:
+            for rollout in rollouts:
+                yield join(beginnings[key_of(rollout)], rollout)
+
+    def _shorten(self, limit: int | None) -> None:
+        for engine in self._engines:
+            if engine.precision != "none":
+                engine.actor.shorten.remote(limit)
+
+    def _run(self, backlog: Backlog) -> Generator[Rollout]:
         polls: dict[Any, EngineState] = {}
         try:
-            while backlog or any(engine.running for engine in self._engines):
-                self._feed(backlog)
+            while any(backlog.values()) or any(engine.running for engine in self._engines):
+                for precision, groups in backlog.items():
+                    self._feed(groups, [engine for engine in self._engines if engine.precision == precision])
                 polling = {engine.index for engine in polls.values()}
                 for engine in self._engines:
                     if engine.running and engine.index not in polling:
@@ -147,16 +198,18 @@ class RolloutFleet:
         finally:
             self._abandon(list(polls))
 
-    def _feed(self, backlog: deque[list[RolloutRequest]]) -> None:
-        """Hand groups from the backlog to the engines with the fewest requests."""
+    def _feed(self, backlog: deque[list[RolloutRequest]], engines: list[EngineState]) -> None:
+        """Hand groups from the backlog to the engine with the fewest requests."""
         batches: dict[int, list[RolloutRequest]] = {}
         while backlog:
-            engine = min(self._engines, key=lambda engine: len(engine.running))
+            engine = min(engines, key=lambda engine: len(engine.running))
             # A lone engine gets everything at once, in order, so that its batches are the same in every run.
-            if len(self._engines) > 1 and len(engine.running) >= engine.max_requests:
+            if len(engines) > 1 and len(engine.running) >= engine.max_requests:
                 break
+            if not engine.running:
+                engine.busy_since = time.perf_counter()
             group = backlog.popleft()
-            engine.running.update({_key(request): request for request in group})
+            engine.running.update({key_of(request): request for request in group})
             batches.setdefault(engine.index, []).extend(group)
         for index, batch in batches.items():
             engine = self._engines[index]
@@ -172,7 +225,9 @@ class RolloutFleet:
             return []
         engine.submitted.clear()
         for rollout in finished:
-            del engine.running[_key(rollout)]
+            del engine.running[key_of(rollout)]
+        if finished and not engine.running:
+            self._counts.add(engine.precision, time.perf_counter() - engine.busy_since)
         return finished
 
     def _abandon(self, polls: list[Any]) -> None:
@@ -195,7 +250,7 @@ class RolloutFleet:
                 f"{self._max_restarts} allows; look for the cause (memory?) in Ray's logs of its process."
             )
         logger.warning("Rollout engine %d died; restarting it (%d/%d).", index, engine.restarts, self._max_restarts)
-        engine.actor = self._create_actor()
+        engine.actor = self._create_actor(index)
         self._wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
         if self._head is not None:
@@ -216,12 +271,7 @@ class RolloutFleet:
             raise RuntimeError("rollout.speculation.drafters does not name eagle: the engines have no head to update.")
         check_head(tensors, self._head_folder)
         self._head = ray.put(pack_head(tensors, getattr(torch, self._environment.dtype))), version
-        calls = [engine.actor.update_drafter.remote(*self._head) for engine in self._engines]
-        for index, call in enumerate(calls):
-            try:
-                ray.get(call)
-            except RayActorError:
-                self.restart(index)
+        self._on_all_engines("update_drafter", *self._head)
 
     def client(self, engines: list[int] | None = None) -> FleetClient:
         """A vLLM weight-sync client that drives the given engines (default: all) in parallel."""
@@ -231,6 +281,30 @@ class RolloutFleet:
     def call(self, index: int, method: str, *arguments: Any) -> Any:
         """Start a method of an engine; returns Ray's reference to the result."""
         return getattr(self._engines[index].actor, method).remote(*arguments)
+
+    def sleep(self) -> None:
+        """Let the engines leave their devices' memory to the trainer, as far as `rollout.sleep` says."""
+        self._on_all_engines("sleep", self._sleep_level)
+        self._asleep = True
+
+    def wake_up(self) -> None:
+        """The weights' memory comes back, for a weight update. Nothing where the engines do not sleep."""
+        if self._asleep:
+            self._on_all_engines("wake_up", "weights")
+
+    def wake_up_fully(self) -> None:
+        """After the update, the memory of keys and values comes back too, and the engines can generate."""
+        if self._asleep:
+            self._on_all_engines("wake_up", "kv_cache")
+            self._asleep = False
+
+    def _on_all_engines(self, method: str, *arguments: Any) -> None:
+        calls = [getattr(engine.actor, method).remote(*arguments) for engine in self._engines]
+        for index, call in enumerate(calls):
+            try:
+                ray.get(call)
+            except RayActorError:
+                self.restart(index)  # it is awake, and has the weights
 
     def checksums(self) -> list[dict[str, int]]:
         """Per engine, the checksum of each Hugging Face tensor it holds; see `rollout.checksum`."""
@@ -245,6 +319,11 @@ class RolloutFleet:
             with suppress(RayActorError):  # the next generation or sync notices, and restarts it
                 counts.append(ray.get(call))
         return [count for count in counts if count is not None]
+
+    def take_precision_counts(self) -> PrecisionCounts:
+        """What engines of each precision did since the last call."""
+        counts, self._counts = self._counts, PrecisionCounts()
+        return counts
 
     def speculation_states(self) -> list[dict[str, Any] | None]:
         """Per engine, what adaptive speculation has learned (see `RolloutEngine`); None for one that died."""
@@ -312,15 +391,3 @@ def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
         plugin.ENABLE: "1",
         plugin.VOCAB_LIMIT: str(environment.vocab_limit),
     }
-
-
-def _key(item: RolloutRequest | Rollout) -> RequestKey:
-    return item.prompt_id, item.sample_index, item.epoch
-
-
-def _groups(requests: list[RolloutRequest]) -> deque[list[RolloutRequest]]:
-    """Requests by prompt, prompts in the order of their first request."""
-    groups: dict[str, list[RolloutRequest]] = {}
-    for request in requests:
-        groups.setdefault(request.prompt_id, []).append(request)
-    return deque(groups.values())

@@ -31,6 +31,7 @@ class RolloutRequest:
     max_tokens: int
     temperature: float  # 0 means greedy
     ignore_eos: bool = False  # go on to max_tokens: for benchmarks of a given length
+    begun: list[int] = field(default_factory=list)  # tokens of the response that another engine has sampled
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Rollout:
     finish_reason: str  # "stop" | "length"
     policy_version: int
     sources: list[Source] = field(default_factory=list)  # one per token
+    precisions: list[tuple[str, int]] = field(default_factory=list)
+    """Whose tokens they are, in order: (entry of `rollout.quantization` of the engine, number of tokens)."""
 
 
 @dataclass

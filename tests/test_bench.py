@@ -4,7 +4,7 @@ import pytest
 
 from megatron_rl.bench import parse_batches, uneven_lengths
 from megatron_rl.config import ConfigError
-from rollout.engine import check_sampling_options
+from rollout.vllm_options import check_sampling_options
 
 
 def test_batches_are_a_list_of_numbers() -> None:

@@ -8,6 +8,7 @@ from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.quantization import skip_patterns
 
 if TYPE_CHECKING:
+    from megatron_rl.config.rollout import Rollout
     from megatron_rl.config.schema import Config, Correction
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -37,6 +38,7 @@ def check_sections(config: "Config") -> None:
             f"data.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least {longest}."
         )
     _check_quantization(config)
+    _check_sleep(rollout)
     penalty = config.reward.length_penalty
     if penalty is not None and penalty.start >= rollout.max_tokens:
         raise ConfigError(
@@ -79,7 +81,9 @@ def _check_correction(correction: "Correction") -> None:
 
 def _check_quantization(config: "Config") -> None:
     rollout = config.rollout
-    if rollout.quantization == "none":
+    _check_fleet(rollout)
+    quantized = [precision for precision in rollout.precisions if precision != "none"]
+    if not quantized:
         if rollout.quantization_skip:
             raise ConfigError(
                 "rollout.quantization_skip has no effect with rollout.quantization=none; choose a precision there, or "
@@ -88,12 +92,53 @@ def _check_quantization(config: "Config") -> None:
         return
     if rollout.verify_weights:
         raise ConfigError(
-            f"rollout.verify_weights=true cannot compare weights that rollout.quantization={rollout.quantization} has "
+            f"rollout.verify_weights=true cannot compare weights that rollout.quantization={quantized[0]} has "
             "rounded; set one of them to its default."
         )
-    if rollout.quantization != "int8" and config.model.precision == "fp32":
+    for precision in quantized:
+        if precision != "int8" and config.model.precision == "fp32":
+            raise ConfigError(
+                f"rollout.quantization={precision} needs bf16 activations, but model.precision=fp32; use bf16."
+            )
+
+
+def _check_fleet(rollout: "Rollout") -> None:
+    listed = rollout.quantization
+    if isinstance(listed, list) and not 2 <= len(listed) <= rollout.engines:
         raise ConfigError(
-            f"rollout.quantization={rollout.quantization} needs bf16 activations, but model.precision=fp32; use bf16."
+            f"rollout.quantization lists {len(listed)} precision(s) for rollout.engines={rollout.engines}; give at "
+            "least two and at most one per engine, or a single value without brackets."
+        )
+    if not rollout.precision_tail:
+        return
+    if "none" not in rollout.precisions or set(rollout.precisions) == {"none"}:
+        raise ConfigError(
+            f"rollout.precision_tail={rollout.precision_tail} needs engines with and without quantization; let "
+            "rollout.quantization list both, such as [int8, none], or set precision_tail to 0."
+        )
+    if rollout.verify != "coupled":
+        raise ConfigError(
+            "rollout.precision_tail goes on with a response's noise in another engine, which rollout.verify="
+            f"{rollout.verify} does not know; use coupled, or set precision_tail to 0."
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if name in rollout.sampling:
+            raise ConfigError(
+                f"rollout.sampling.{name} counts the tokens that one engine has generated, so it does not go with "
+                "rollout.precision_tail; leave out one of them."
+            )
+
+
+def _check_sleep(rollout: "Rollout") -> None:
+    if rollout.sleep and rollout.placement != "colocated":
+        raise ConfigError(
+            f"rollout.sleep={rollout.sleep} makes room for a trainer on the same devices, but rollout.placement="
+            f"{rollout.placement}; set sleep to 0."
+        )
+    if rollout.sleep == 2 and rollout.speculation.uses_head:
+        raise ConfigError(
+            "rollout.sleep=2 would drop the weights of the EAGLE head, which a sync does not bring; set it to 1, or "
+            "leave eagle out of rollout.speculation.drafters."
         )
 
 

@@ -1,25 +1,15 @@
 """Every key of an experiment file, with its type, default and meaning.
 
-The docstring under a field is what `megatron-rl config --explain KEY` prints. Checks that need the model's
-own `config.json` (heads by TP, layers by PP) are in `megatron_rl.config.layout`.
+The docstring under a field is what `megatron-rl config --explain KEY` prints. The section `rollout` has a file of its
+own. Checks that need the model's own `config.json` (heads by TP, layers by PP) are in `megatron_rl.config.layout`.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are never coerced silently from text to numbers."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=True,
-    )
+from megatron_rl.config.rollout import Rollout
+from megatron_rl.config.section import Section
 
 
 class ScratchModel(Section):
@@ -222,73 +212,6 @@ class Train(Section):
     """Seed of the run: rollout sampling and random initial weights derive from it."""
     threads: PositiveInt | None = None
     """CPU threads per trainer process; null: the machine's cores divided by its trainer processes."""
-
-
-class Speculation(Section):
-    """Drafts that the engines verify: they change how fast tokens come, never which."""
-
-    drafters: list[Literal["ngram", "eagle"]] = ["ngram"]
-    """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other;
-    eagle: the trained head of section `drafter`."""
-    adaptive: Literal["off", "static", "beg", "model"] = "off"
-    """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens a second
-    (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
-    max_draft_tokens: int = Field(8, ge=1, le=64)
-    """Most draft tokens per request and step."""
-    memory_mb: PositiveInt = 256
-    """Memory of the n-gram counts per engine, in MiB; the oldest are forgotten."""
-
-    @property
-    def uses_head(self) -> bool:
-        """Whether engines draft with the head of section `drafter`."""
-        return self.adaptive != "off" and "eagle" in self.drafters
-
-    @field_validator("adaptive", mode="before")
-    @classmethod
-    def _off_is_no_boolean(cls, value: Any) -> Any:
-        # YAML 1.1 reads a bare `off` as false.
-        return "off" if value is False else value
-
-
-class Rollout(Section):
-    """The fleet of vLLM engines."""
-
-    engines: PositiveInt = 1
-    """Number of engines."""
-    tp_size: PositiveInt = 1
-    """Tensor parallel size of each engine."""
-    placement: Literal["colocated", "separate"] = "colocated"
-    """colocated: engines share the trainer's devices; separate: they have devices of their own."""
-    max_tokens: PositiveInt = 1024
-    """Longest response, in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of training rollouts."""
-    sampling: dict[str, Any] = Field(default_factory=dict)
-    """Further options of vLLM's SamplingParams for all rollouts, e.g. `top_p: 0.95`, `min_tokens: 8`. The log-probs are
-    those of the distribution that they leave, which the trainer's are not."""
-    verify: Literal["coupled", "rejection"] = "coupled"
-    """How tokens are sampled and drafts verified. coupled: by the seed's noise, so that rollouts are reproducible and
-    the same with any drafts; rejection: by vLLM's own rule, for comparison."""
-    speculation: Speculation = Speculation()
-    """Drafts that the engines verify."""
-    quantization: Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"] = "none"
-    """Precision of the linear layers' weights and activations in the engines, quantized anew at every sync. int8: a
-    scale per output channel and per token; fp8 (GPUs): scales per tensor, per channel, or per block of 128 x 128."""
-    quantization_skip: list[str] = Field(default_factory=list)
-    """Linear layers that stay in the engine's own precision: `first:N` and `last:N` decoder layers, or patterns of
-    names such as `*.down_proj` and `model.layers.3.*`. Fused projections (q, k, v; gate, up) stay together."""
-    lm_head_fp32: bool = False
-    """Compute the logits in float32, also in bf16 engines. The output layer is never quantized."""
-    weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
-    """How weights reach the engines: shm (shared memory, CPU), ipc (colocated GPUs), nccl (separate GPUs)."""
-    verify_weights: bool = False
-    """After every sync compare checksums of the engines' weights with the trainer's, and stop when they differ."""
-    max_restarts: int = Field(3, ge=0)
-    """How often, over the run, one engine may die and be restarted before the run stops."""
-    threads: PositiveInt | None = None
-    """CPU threads per engine; null: all cores when colocated, divided by the number of engines."""
-    vllm: dict[str, Any] = Field(default_factory=dict)
-    """Options of vLLM's engine by their own names, e.g. `gpu_memory_utilization: 0.5`, `enforce_eager: true`."""
 
 
 class Drafter(Section):

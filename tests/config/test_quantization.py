@@ -12,6 +12,7 @@ HF = {
     "num_hidden_layers": 6,
     "intermediate_size": 512,
 }
+MIXED = {"engines": 2, "quantization": ["int8", "none"]}
 
 
 def _config(precision: str = "bf16", **rollout: object) -> Config:
@@ -60,6 +61,22 @@ def test_an_entry_that_names_nothing_is_refused(entry: str) -> None:
         ("bf16", {"quantization_skip": ["first:1"]}, ["rollout.quantization_skip", "rollout.quantization=none"]),
         ("bf16", {"quantization": "int8", "verify_weights": True}, ["rollout.verify_weights", "quantization=int8"]),
         ("fp32", {"quantization": "fp8_block"}, ["rollout.quantization=fp8_block", "bf16"]),
+        ("fp32", {"quantization": ["none", "fp8"], "engines": 2}, ["rollout.quantization=fp8", "bf16"]),
+        ("bf16", {"quantization": [], "engines": 2}, ["rollout.quantization=[]", "int8"]),
+        ("bf16", {"quantization": ["none", "int4"], "engines": 2}, ["rollout.quantization=['none', 'int4']", "int8"]),
+        ("bf16", {"quantization": ["none", "int8"]}, ["lists 2", "rollout.engines=1"]),
+        ("bf16", {"quantization": ["int8"], "engines": 2}, ["lists 1", "without brackets"]),
+        ("bf16", {"quantization": ["none", "int8"], "engines": 2, "verify_weights": True}, ["quantization=int8"]),
+        ("bf16", {"precision_tail": 0.1}, ["rollout.precision_tail=0.1", "[int8, none]"]),
+        ("bf16", {"precision_tail": 0.1, "quantization": "int8", "engines": 2}, ["rollout.precision_tail=0.1"]),
+        ("bf16", {**MIXED, "precision_tail": 0.1, "verify": "rejection"}, ["precision_tail", "verify=rejection"]),
+        ("bf16", {**MIXED, "precision_tail": 0.1, "sampling": {"presence_penalty": 1.0}}, ["presence_penalty"]),
+        ("bf16", {"sleep": 1, "placement": "separate"}, ["rollout.sleep=1", "rollout.placement=separate"]),
+        (
+            "bf16",
+            {"sleep": 2, "speculation": {"adaptive": "static", "drafters": ["eagle"]}},
+            ["rollout.sleep=2", "EAGLE head"],
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(precision: str, rollout: dict, parts: list[str]) -> None:
@@ -67,6 +84,12 @@ def test_keys_that_contradict_each_other_are_refused(precision: str, rollout: di
         _config(precision, **rollout)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_engines_take_the_entries_in_turn() -> None:
+    assert _config(quantization="int8", engines=2).rollout.precisions == ["int8", "int8"]
+    mixed = _config(quantization=["int8", "int8", "none"], engines=5).rollout.precisions
+    assert mixed == ["int8", "int8", "none", "int8", "int8"]
 
 
 @pytest.mark.skipif(on_gpu(), reason="the machine has a GPU")

@@ -87,5 +87,5 @@ class RawEngine:
 @pytest.fixture(scope="session")
 def raw_engine(fleet: RolloutFleet) -> Iterator[RawEngine]:
     """An engine of its own, beside the fleet's."""
-    with open_engines([fleet._arguments]) as (actor,):
+    with open_engines([fleet._arguments[0]]) as (actor,):
         yield RawEngine(actor)

@@ -11,8 +11,9 @@ import pytest
 
 from megatron_rl.config import ConfigError
 from rollout.checksum import differing
-from rollout.engine import check_vllm_options, engine_arguments
+from rollout.engine import engine_arguments
 from rollout.fleet import RolloutFleet
+from rollout.vllm_options import check_vllm_options
 from rollout.weight_sync import connect, segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
 from tests.rollout.test_weight_transfer import StateDictSource, _load

@@ -18,11 +18,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from drafter.checkpoint import save_head
 from megatron_rl.config import ConfigError
-from rollout.engine import check_vllm_options, engine_arguments
+from rollout.engine import engine_arguments
 from rollout.fleet import RolloutFleet
 from rollout.int8 import reference_linear
 from rollout.online_quantization import Float32HeadMethod, Int8LinearMethod, RolloutQuantization
 from rollout.records import Rollout
+from rollout.vllm_options import check_vllm_options
 from rollout.weight_sync import segment_name
 from rollout.worker import live_weight
 from tests.rollout.helpers import (
@@ -88,10 +89,10 @@ def test_nothing_is_asked_of_vllm_where_nothing_is_to_be_quantized(model: Path, 
 class OpenFleet(RolloutFleet):
     """A fleet of engines whose insides can be reached."""
 
-    def _create_actor(self) -> Any:
+    def _create_actor(self, index: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rollout.fleet.RolloutEngine", OpenEngine)
-            return super()._create_actor()
+            return super()._create_actor(index)
 
     def apply(self, function: Any, *arguments: Any) -> Any:
         return ray.get(self.call(0, "apply", function, *arguments))

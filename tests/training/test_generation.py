@@ -11,6 +11,7 @@ from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation import Generator
 from megatron_rl.scratch import make_scratch_model
 from megatron_rl.start import load_tokenizer
+from rollout.precision import PrecisionCounts
 from rollout.records import Rollout, RolloutRequest, Source, SpeculationCounts
 
 
@@ -21,6 +22,8 @@ class EchoFleet:
         self.answer = answer
         self.seen: list[RolloutRequest] = []
         self.counts: list[SpeculationCounts] = []
+        self.precision_counts = PrecisionCounts()
+        self.slept = 0
 
     def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
         self.seen = requests
@@ -40,6 +43,12 @@ class EchoFleet:
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
         return self.counts
+
+    def sleep(self) -> None:
+        self.slept += 1
+
+    def take_precision_counts(self) -> PrecisionCounts:
+        return self.precision_counts
 
 
 def raising_reward(prompt: str, response: str, answer: str) -> float:
@@ -112,6 +121,18 @@ def test_evaluation_reports_every_set(make):
     generator.evaluate(0)
     assert all(request.temperature == 0 for request in fleet.seen)
     assert 0 <= generator.metrics["eval/arithmetic-heldout/greedy_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_engines_sleep_after_the_rollouts_of_a_step_and_not_after_an_evaluation(make, level: int):
+    generator, fleet, config = make()
+    rollout = config.rollout.model_copy(update={"sleep": level})
+    generator._config = config.model_copy(update={"rollout": rollout})
+    generator.evaluate(0)
+    assert fleet.slept == 0
+    generator.training_rollouts(1)
+    assert fleet.slept == level
+    assert ("time/sleep" in generator.metrics) == bool(level)
 
 
 def test_speculation_is_measured_when_the_engines_draft(make):
