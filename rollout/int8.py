@@ -96,6 +96,20 @@ def reference_linear(
     return (product if bias is None else product + bias).to(x.dtype)
 
 
+def rounding_of(
+    weight: Float[Tensor, "out in"],
+    levels: Float32[Tensor, "out in"],
+    scales: Float32[Tensor, " out"],
+    smoothing: Float32[Tensor, " in"] | None,
+) -> Rounding:
+    """What `quantized` has done to a weight; `PackedWeight.fill` returns the same."""
+    wide = weight.float() if smoothing is None else weight.float() * smoothing
+    norm = wide.norm().item()
+    error = (levels * scales[:, None] - wide).norm().item()
+    clipped = (wide.abs() > 127 * scales[:, None] * (1 + 1e-6)).float().mean().item()
+    return Rounding(error / norm if norm else 0.0, clipped)
+
+
 def quantized(
     rows: Float[Tensor, "rows in"], factors: Float32[Tensor, " in"] | None = None, clip: float = 1.0
 ) -> tuple[Float32[Tensor, "rows in"], Float32[Tensor, " rows"]]:

@@ -65,7 +65,7 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
     ],
 )
 def test_fp8_is_vllms_own_method(kind: str, method: str) -> None:
-    config = RolloutQuantization.from_config({"kind": kind, "skip": [], "lm_head_fp32": False})
+    config = RolloutQuantization.from_config({"kind": kind, "skip": [], "lm_head_fp32": False, "profile": None})
     resolved = config.resolve_quant_method_cls(LinearBase, "model.layers.0.mlp.down_proj")
     assert resolved is not None and resolved[-1].__name__ == method
 
@@ -210,6 +210,46 @@ def test_a_partial_update_touches_the_named_layers_only(
     }
     restored = fleet.apply(products)
     assert all(torch.equal(before[name], restored[name]) for name in before)
+
+
+def test_a_partial_update_of_a_fused_layer_is_refused_and_a_complete_one_repairs(
+    engines: tuple, model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    fleet = engines[0]
+    before, held = fleet.apply(products), fleet.apply(addresses)
+    part = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(128, 64) for i in (0, 1)}  # one is left out
+    for name, weight in part.items():
+        with pytest.raises(ValueError, match=rf"names 1 of {name.removesuffix('.weight')}.*one layer in vLLM"):
+            fleet.apply(load_partly, {name: weight})
+        fleet.sync(_load(model), tmp_path)
+        after = fleet.apply(products)
+        assert fleet.apply(addresses) == held
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_loaded_without_a_reload_are_refused(engines: tuple, model: Path) -> None:
+    def load(engine: Any, weights: dict[str, Tensor]) -> None:
+        policy(engine).load_weights(weights.items())
+
+    before = engines[0].apply(products)
+    name = "model.layers.1.mlp.down_proj"
+    with pytest.raises(ValueError, match=f"{name} is quantized, so load_weights alone cannot change it"):
+        engines[0].apply(load, {f"{name}.weight": _load(model)[f"{name}.weight"]})
+    after = engines[0].apply(products)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_int8_loses_is_reported_after_every_sync(engines: tuple, model: Path, tmp_path: Path) -> None:
+    fleet, weights = engines[0], _load(model)
+    spiked = {name: weight.clone() for name, weight in weights.items()}
+    spiked["model.layers.0.self_attn.o_proj.weight"][:, 0] = 1000  # all others become 0 beside it
+    before = fleet.weight_rounding()[0]
+    fleet.sync(spiked, tmp_path)
+    after = fleet.weight_rounding()[0]
+    fleet.sync(weights, tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"model.layers.0.self_attn.o_proj"}
+    assert all(0.001 < rounding.error < 0.02 and rounding.clipped == 0 for rounding in before.values())
+    assert fleet.weight_rounding()[0] == before
 
 
 def test_layers_left_out_multiply_as_if_nothing_were_quantized(engines: tuple, model: Path) -> None:
