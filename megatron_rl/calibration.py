@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
-from rollout.int8 import quantized, reference_linear, rounding_of
+from rollout.int8 import Rounding, quantized, reference_linear, rounding_sums
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -59,10 +59,10 @@ def losses(rows: Float[Tensor, "rows in"], weight: Float[Tensor, "out in"], sett
     exact = x @ weight.float().T
     product = reference_linear(x, weight, None, smoothing, settings.clip)
     activations, _ = quantized(x, None if smoothing is None else smoothing.reciprocal())
-    rounding = rounding_of(weight, *quantized(weight, smoothing, settings.clip), smoothing)
+    rounding = rounding_sums(weight, *quantized(weight, smoothing, settings.clip), smoothing)
     return Losses(
         error=((product - exact).norm() / exact.norm().clamp(min=1e-30)).item(),
-        clipped=rounding.clipped,
+        clipped=Rounding.of(rounding, weight.numel()).clipped,
         flushed=((activations == 0) & (x != 0)).float().mean().item(),
     )
 
@@ -94,23 +94,30 @@ def from_checkpoint(
         norms: the weight of the norm in front of the layer, unquantized and in the checkpoint, which holds the inverse
             of the smoothing; None for a layer without one, whose columns are compared instead.
     """
+    whole = levels.abs() < 127  # not clipped
     weight = weight.float()
     stored = levels.float() * scales.float()[:, None]
     if norms is not None:
         ours, theirs = (norm.float() for norm in norms)
         smoothing = torch.where((ours != 0) & (theirs != 0), ours / theirs, 1.0)
     else:
-        squares = (weight * weight).sum(0)
-        smoothing = torch.where(squares > 0, (stored * weight).sum(0) / squares, 1.0)
-        smoothing = torch.where(smoothing > 0, smoothing, 1.0)
+        smoothing = _factors(stored, weight, whole, dim=0)
+        # The standard deviation that rounding, by a step / sqrt(12), gives the factor: large for small columns.
+        blur = (weight * scales.float()[:, None]).norm(dim=0) / 12**0.5 / (weight * weight).sum(0).clamp(min=1e-30)
+        clear = (smoothing > 0) & ((smoothing - 1).abs() > 5 * blur)
+        smoothing = torch.where(clear, smoothing, 1.0)
     smooths = bool(((smoothing - 1).abs() > _NOISE).any())
     smoothed = weight * smoothing if smooths else weight
     # A layer that feeds a smoothed one has rows that are scaled as a whole.
-    row_factors = (stored * smoothed).sum(1) / (smoothed * smoothed).sum(1).clamp(min=1e-30)
-    largest = smoothed.abs().amax(1) * row_factors.abs()
+    largest = smoothed.abs().amax(1) * _factors(stored, smoothed, whole, dim=1).abs()
     ratios = (127 * scales.float() / largest.clamp(min=1e-30))[largest > 0]
     found = ratios.median().item() if len(ratios) else 1.0
     return Settings(smoothing if smooths else None, min(CLIPS, key=lambda clip: abs(clip - found)), None)
+
+
+def _factors(stored: Tensor, weight: Tensor, whole: Tensor, dim: int) -> Tensor:
+    """By how much `stored` is larger than `weight` in each column (`dim` 0) or row (1), by least squares."""
+    return (stored * weight * whole).sum(dim) / (weight * weight * whole).sum(dim).clamp(min=1e-30)
 
 
 FUSED: Mapping[str, tuple[str, ...]] = {

@@ -179,7 +179,7 @@ def profile_quantization(
 ) -> None:
     """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
     from megatron_rl.config import load_config
-    from megatron_rl.quantize import profile
+    from megatron_rl.profiling import profile
 
     settings = load_config(config, overrides or [])
     profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)

@@ -35,6 +35,12 @@ class Rounding(NamedTuple):
     clipped: float
     """Share of the elements that are clipped, 0 to 1."""
 
+    @staticmethod
+    def of(sums: Float[Tensor, "3"], elements: int) -> "Rounding":
+        """From the squares of the differences, the squares of the weights, and the number of clipped elements."""
+        error, norm, clipped = sums.tolist()
+        return Rounding((error / norm) ** 0.5 if norm else 0.0, clipped / elements)
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -64,8 +70,7 @@ class PackedWeight:
         the weights do not fit into the room, or on a CPU without AVX-512 VNNI.
         """
         blocks = torch.ops.megatron_rl.int8_pack(weight, self.packed, self.scales, self.sums, smoothing, clip)
-        error, norm, clipped = blocks.sum(0).tolist()
-        return Rounding((error / norm) ** 0.5 if norm else 0.0, clipped / weight.numel())
+        return Rounding.of(blocks.sum(0), weight.numel())
 
 
 def linear(
@@ -96,18 +101,18 @@ def reference_linear(
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def rounding_of(
+def rounding_sums(
     weight: Float[Tensor, "out in"],
     levels: Float32[Tensor, "out in"],
     scales: Float32[Tensor, " out"],
     smoothing: Float32[Tensor, " in"] | None,
-) -> Rounding:
-    """What `quantized` has done to a weight; `PackedWeight.fill` returns the same."""
+) -> Float[Tensor, "3"]:
+    """What `quantized` has done to a weight, or to some of its rows, as `Rounding.of` takes it; float64."""
     wide = weight.float() if smoothing is None else weight.float() * smoothing
-    norm = wide.norm().item()
-    error = (levels * scales[:, None] - wide).norm().item()
-    clipped = (wide.abs() > 127 * scales[:, None] * (1 + 1e-6)).float().mean().item()
-    return Rounding(error / norm if norm else 0.0, clipped)
+    limits = 127 * scales[:, None]
+    differences = levels * scales[:, None] - wide
+    clipped = (wide.abs() > limits * (1 + 1e-6)).sum()  # a largest weight may be off by a bit
+    return torch.stack([differences.double().square().sum(), wide.double().square().sum(), clipped.double()])
 
 
 def quantized(

@@ -34,6 +34,7 @@ from rollout.whole_layers import load_whole_layers_only
 _INT8 = "int8_per_channel_static"
 _WEIGHTS = {"int8": _INT8, "fp8": "fp8_per_tensor", "fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
 _PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer; a reload takes it off
+_ELEMENTS = 2**24  # of a weight that are quantized at a time on GPUs, where float32 copies of it all may not fit
 log = logging.getLogger(__name__)
 
 
@@ -147,12 +148,23 @@ class GpuKernel:
 
     def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
         """Quantize the layer's weight, [out, in], and bring it into the kernel's order."""
-        levels, scales = int8.quantized(layer.weight, smoothing, clip)
-        rounding = int8.rounding_of(layer.weight, levels, scales, smoothing)
-        replace_parameter(layer, "weight", levels.to(torch.int8))
-        replace_parameter(layer, "weight_scale", scales[:, None])
+        weight = layer.weight
+        levels = torch.empty_like(weight, dtype=torch.int8)
+        scales = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
+        rows = max(1, _ELEMENTS // weight.shape[1])  # at a time, in float32
+        for part, part_levels, part_scales in zip(
+            weight.split(rows), levels.split(rows), scales.split(rows), strict=True
+        ):
+            wide, part_scales[:, 0] = int8.quantized(part, smoothing, clip)
+            part_levels.copy_(wide)
+            sums += int8.rounding_sums(part, wide, part_scales[:, 0], smoothing)
+        replace_parameter(layer, "weight", levels)
+        replace_parameter(layer, "weight_scale", scales)
+        for absent in ("input_scale", "input_zero_point", "azp_adj"):  # the kernels look for them
+            setattr(layer, absent, None)
         self._kernel.process_weights_after_loading(layer)
-        return rounding
+        return int8.Rounding.of(sums, weight.numel())
 
     def multiply(self, layer: Any, x: Tensor, factors: Tensor | None, bias: Tensor | None) -> Tensor:
         """See `CpuKernel.multiply`."""

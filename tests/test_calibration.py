@@ -13,7 +13,8 @@ from megatron_rl.calibration import Settings, from_checkpoint, layer_name, losse
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import check_layout
 from megatron_rl.config.quantization import read_quantization_file
-from megatron_rl.quantize import profile, read_profile, setup
+from megatron_rl.profiling import profile
+from megatron_rl.quantize import read_profile, setup
 from megatron_rl.weight_sync import rounding_metrics
 from rollout.calibration import Calibration
 from rollout.int8 import Rounding, quantized

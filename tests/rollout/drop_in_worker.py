@@ -91,7 +91,7 @@ def perform(llm: LLM, name: str, argument: str) -> Any:
 
 
 def spoil(model: torch.nn.Module) -> None:
-    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] += 1
+    model.get_parameter("model.layers.1.mlp.gate_up_proj.weight_scale").data[0] += 1
 
 
 def logprobs_of(completion: Any) -> list[float]:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.quantize import profile, read_profile, setup
+from megatron_rl.profiling import profile
+from megatron_rl.quantize import read_profile, setup
 from rollout.int8 import reference_linear
 from tests.rollout.helpers import VOCAB_LIMIT, generate, make_config, make_requests, open_arguments, open_engines
 from tests.rollout.test_quantization import load_partly, products

@@ -20,8 +20,8 @@ from drafter.checkpoint import save_head
 from megatron_rl.config import ConfigError
 from rollout.engine import check_vllm_options, engine_arguments
 from rollout.fleet import RolloutFleet
-from rollout.int8 import reference_linear
-from rollout.online_quantization import Float32HeadMethod, Int8LinearMethod, RolloutQuantization
+from rollout.int8 import PackedWeight, reference_linear
+from rollout.online_quantization import Float32HeadMethod, GpuKernel, Int8LinearMethod, RolloutQuantization
 from rollout.records import Rollout
 from rollout.weight_sync import segment_name
 from rollout.worker import live_weight
@@ -54,6 +54,20 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
     assert logits.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
     torch.testing.assert_close(logits, x.float() @ layer.weight.float().T, atol=1e-4, rtol=0)
     assert torch.equal(live_weight(layer), layer.weight)  # what `rollout.verify_weights` reads
+
+
+def test_vllms_kernel_gets_smoothed_and_clipped_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("rollout.online_quantization._ELEMENTS", 40 * IN)  # 40 rows at a time
+    matrix, x, smoothing = torch.randn(OUT, IN), torch.randn(5, IN), torch.rand(IN) * 5 + 0.2
+    layer: Any = Module()
+    same = PackedWeight.empty(OUT, IN)
+    layer.weight, layer.logical_widths = Parameter(matrix, requires_grad=False), [OUT]
+    kernel = GpuKernel()
+    rounding = kernel.quantize(layer, smoothing, 0.9)
+    assert rounding == pytest.approx(same.fill(matrix, smoothing, 0.9)) and rounding.clipped > 0
+    product = kernel.multiply(layer, x, smoothing.reciprocal(), None)
+    torch.testing.assert_close(product, reference_linear(x, matrix, None, smoothing, 0.9), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
