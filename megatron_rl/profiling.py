@@ -15,7 +15,7 @@ from megatron_rl.config.layout import check_layout, read_hf_config
 from megatron_rl.console import Console
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.weights import has_hf_weights, tensor_files
-from megatron_rl.quantize import LayerProfile, profile_table, write_profile
+from megatron_rl.quantize import LayerProfile, check_output, profile_table, write_profile
 from megatron_rl.start import load_tokenizer
 from megatron_rl.warmup import read_rollouts
 
@@ -59,10 +59,11 @@ def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, q
     searched, or taken from `quantized`, a W8A8 checkpoint in the compressed-tensors format.
 
     Raises:
-        ConfigError: when the model, the texts or the checkpoint cannot be used.
+        ConfigError: when the model, the texts, the checkpoint or the place of the output cannot be used.
     """
     from transformers import AutoModelForCausalLM
 
+    check_output(output)
     uncalibrated = {"rollout": config.rollout.model_copy(update={"quantization_profile": None})}  # it may not exist yet
     check_layout(config.model_copy(update=uncalibrated), read_hf_config(config.model.path))
     if not has_hf_weights(config.model.path):

@@ -36,6 +36,14 @@ class LayerProfile:
     """The quantized checkpoint that was compared with does not quantize this layer."""
 
 
+def check_output(file: Path) -> None:
+    """Raise ConfigError when vectors written beside `file` would be taken for a model's weights."""
+    if (file.parent / "config.json").exists():
+        raise ConfigError(
+            f"--output {file} is in a model's folder, whose *.safetensors are its weights; choose another."
+        )
+
+
 def write_profile(file: Path, layers: dict[str, LayerProfile], vectors: dict[str, Tensor]) -> None:
     """Store the layers, and vectors named `<layer>.activation_max`, `<layer>.weight_max` and `<layer>.smoothing`."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +54,9 @@ def setup(profile_file: Path, output: Path, max_error: float, skip: list[str]) -
     """Write the quantization file `output`, and its vectors beside it; layers with a larger error are left out.
 
     Raises:
-        ConfigError: when `profile_file` is no profile.
+        ConfigError: when `profile_file` is no profile, or `output` is in a model's folder.
     """
+    check_output(output)
     found, smoothing = read_profile(profile_file)
     settings: dict[str, LayerSettings] = {}
     for name, layer in found.items():

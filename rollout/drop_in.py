@@ -163,7 +163,18 @@ def install_drop_in() -> None:
     if "FLASHRL_" not in prefixes:
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = f"{prefixes},FLASHRL_".lstrip(",")
     register_online_quantization()
-    install_hooks(settings.change_arguments, check_reload if settings.test_reload else None)
+    install_hooks(settings.change_arguments, check_reload if settings.test_reload else lambda worker: None, renew_heads)
+
+
+def renew_heads(worker: Any) -> None:
+    """After an update: on CPU an output layer that is the embedding multiplies with a copy, which vLLM forgets."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for layer in worker.model_runner.get_model().modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
 """The one place that changes vLLM. Eight functions, all about which token is sampled, or when, for engines of ours, and
-two for engines of others (at the end):
+four for engines of others (at the end):
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
@@ -18,7 +18,8 @@ two for engines of others (at the end):
 - `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
   lacks them; ours does not.
 - For `rollout.drop_in`: `EngineArgs.create_engine_config`, before which its settings go into the arguments (plugins are
-  loaded when these exist already), and `Worker.load_model`, after which a reload is tried.
+  loaded when these exist already); `Worker.load_model`, after which a reload is tried; `Worker.reload_weights` and
+  `finish_weight_update`, after which an output layer that vLLM forgets on CPU is renewed.
 
 A request takes part in coupled sampling by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own
 `seed` keeps a generator's state per request, which a restart loses). The position key of a row is the position of its
@@ -99,13 +100,16 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
 
 
-def install_hooks(before_config: Callable[[Any], None], after_load: Callable[[Any], None] | None) -> None:
-    """Call the first with every `EngineArgs` before it is used, the second with every worker that has loaded its model.
+def install_hooks(
+    before_config: Callable[[Any], None], after_load: Callable[[Any], None], after_update: Callable[[Any], None]
+) -> None:
+    """Call the first with every `EngineArgs` before it is used, the others with every worker that has loaded its model,
+    or got new weights.
 
     Idempotent. Raises RuntimeError for an untested vLLM.
     """
     _check_version()
-    stock_create, stock_load = EngineArgs.create_engine_config, Worker.load_model
+    stock_create = EngineArgs.create_engine_config
     if hasattr(stock_create, "__wrapped__"):
         return
 
@@ -114,13 +118,22 @@ def install_hooks(before_config: Callable[[Any], None], after_load: Callable[[An
         before_config(engine_args)
         return stock_create(engine_args, *arguments, **named)
 
-    @wraps(stock_load)
-    def load_model(worker: Any, *arguments: Any, **named: Any) -> None:
-        stock_load(worker, *arguments, **named)
-        if after_load is not None:
-            after_load(worker)
+    EngineArgs.create_engine_config = create_engine_config
+    for name, after in (
+        ("load_model", after_load),
+        ("reload_weights", after_update),
+        ("finish_weight_update", after_update),
+    ):
+        setattr(Worker, name, _followed(getattr(Worker, name), after))
 
-    EngineArgs.create_engine_config, Worker.load_model = create_engine_config, load_model
+
+def _followed(stock: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+    @wraps(stock)
+    def both(worker: Any, *arguments: Any, **named: Any) -> None:
+        stock(worker, *arguments, **named)
+        after(worker)
+
+    return both
 
 
 def _check_version() -> None:

@@ -6,7 +6,11 @@ of the layer with whatever is in memory; and after quantization a layer's weight
 
 from typing import Any
 
-from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
 
 
 def load_whole_layers_only(method: Any, names: list[str], quantizes: bool) -> Any:
@@ -40,10 +44,11 @@ def _refuse_parts(layer: Any, names: list[str]) -> None:
     parts = {call.arguments.get("loaded_shard_id") for name, call in info.loaded_weights if name == "weight"}
     if not parts or None in parts or len(parts) == len(names):
         return
-    if info.kernel_tensors is not None:
+    if info.kernel_tensors is not None:  # an update: let it go on, without what it has brought for this layer
         _place_kernel_tensors(layer, info)
         info.reset()
+        initialize_layerwise_reload(layer)
     raise ValueError(
-        f"The weight update names {len(parts)} of {', '.join(names)}, which are one layer in vLLM; send all of them. "
-        "This layer keeps its old weights, and the engine needs a complete update before it can generate."
+        f"The weight update names {len(parts)} of {', '.join(names)}, which are one layer in vLLM; send all of them, "
+        "and finish the update again."
     )

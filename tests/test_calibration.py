@@ -180,6 +180,10 @@ def test_files_that_do_not_fit_are_one_sentence(profiled: Path, planted: Path, t
         setup(tmp_path / "none.safetensors", tmp_path / "int8.yaml", 0.1, [])
     with pytest.raises(ConfigError, match="model.safetensors is no profile"):
         setup(planted / "model.safetensors", tmp_path / "int8.yaml", 0.1, [])
+    with pytest.raises(ConfigError, match="is in a model's folder"):
+        setup(profiled, planted / "int8.yaml", 0.1, [])
+    with pytest.raises(ConfigError, match="is in a model's folder"):
+        profile(config_of(planted), planted / "p.safetensors", prompts=2, rollouts=None, quantized=None)
     with pytest.raises(ConfigError, match="in place of the profile"):
         setup(profiled, profiled.with_suffix(".yaml"), 0.1, [])
     setup(profiled, tmp_path / "int8.yaml", 0.1, [])

@@ -27,14 +27,19 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calibrated(planted: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibrated")
+
+
+@pytest.fixture(scope="module")
+def calibrated(planted: Path, folder: Path) -> Path:
     """A quantization file for `planted`, with one layer clipped by hand."""
-    profile(make_config(planted, planted), planted / "profile.safetensors", prompts=16, rollouts=None, quantized=None)
-    setup(planted / "profile.safetensors", planted / "int8.yaml", 0.1, [])
-    text = (planted / "int8.yaml").read_text()
+    profile(make_config(folder, planted), folder / "profile.safetensors", prompts=16, rollouts=None, quantized=None)
+    setup(folder / "profile.safetensors", folder / "int8.yaml", 0.1, [])
+    text = (folder / "int8.yaml").read_text()
     place = text.index("clip:", text.index("model.layers.1.self_attn.o_proj"))
-    (planted / "int8.yaml").write_text(text[:place] + "clip: 0.9" + text[text.index("\n", place) :])
-    return planted / "int8.yaml"
+    (folder / "int8.yaml").write_text(text[:place] + "clip: 0.9" + text[text.index("\n", place) :])
+    return folder / "int8.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,9 @@ def matrix_of(weights: dict[str, Tensor], name: str) -> Tensor:
     return torch.cat([weights[f"{parent}.{part}.weight"] for part in FUSED.get(own, [own])])
 
 
-def expected_products(weights: dict[str, Tensor], names: list[str], planted: Path) -> dict[str, Tensor]:
+def expected_products(weights: dict[str, Tensor], names: list[str], folder: Path) -> dict[str, Tensor]:
     """What `products` has to return, from the files alone."""
-    layers, smoothing = read_profile(planted / "profile.safetensors")
+    layers, smoothing = read_profile(folder / "profile.safetensors")
     torch.manual_seed(0)
     expected = {}
     for name in names:
@@ -64,13 +69,15 @@ def expected_products(weights: dict[str, Tensor], names: list[str], planted: Pat
     return expected
 
 
-def test_layers_multiply_smoothed_and_clipped_also_after_new_weights(engines: tuple, planted: Path) -> None:
+def test_layers_multiply_smoothed_and_clipped_also_after_new_weights(
+    engines: tuple, planted: Path, folder: Path
+) -> None:
     weights = load_file(planted / "model.safetensors")
     other = {name: 0.5 * t + 0.1 * torch.randn_like(t) for name, t in weights.items() if name.endswith("_proj.weight")}
     for current in (weights, other, weights):
         ray.get(engines[1].apply.remote(load_partly, {name: current[name] for name in other}))
         found = ray.get(engines[1].apply.remote(products))
-        expected = expected_products(current, list(found), planted)
+        expected = expected_products(current, list(found), folder)
         assert all(torch.equal(found[name], expected[name]) for name in found)
     rounding = ray.get(engines[1].weight_rounding.remote())[0]
     assert rounding["model.layers.1.self_attn.o_proj"].clipped > 0

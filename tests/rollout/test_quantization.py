@@ -226,19 +226,32 @@ def test_a_partial_update_touches_the_named_layers_only(
     assert all(torch.equal(before[name], restored[name]) for name in before)
 
 
-def test_a_partial_update_of_a_fused_layer_is_refused_and_a_complete_one_repairs(
-    engines: tuple, model: Path, other_model: Path, tmp_path: Path
+def finish(engine: Any, weights: dict[str, Tensor]) -> None:
+    model = policy(engine)
+    model.load_weights(weights.items())
+    finalize_layerwise_reload(model, engine._llm.model_config)
+
+
+def test_a_partial_update_of_a_fused_layer_is_refused_until_it_is_complete(
+    engines: tuple, model: Path, tmp_path: Path
 ) -> None:
-    fleet = engines[0]
+    fleet, weights = engines[0], _load(model)
     before, held = fleet.apply(products), fleet.apply(addresses)
     part = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(128, 64) for i in (0, 1)}  # one is left out
     for name, weight in part.items():
         with pytest.raises(ValueError, match=rf"names 1 of {name.removesuffix('.weight')}.*one layer in vLLM"):
             fleet.apply(load_partly, {name: weight})
-        fleet.sync(_load(model), tmp_path)
+        whole = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        fleet.apply(finish, {part_name: 0 * weights[part_name] for part_name in whole})
+        after = fleet.apply(products)
+        changed = {layer for layer in before if not torch.equal(before[layer], after[layer])}
+        assert changed == {name.replace("q_proj.weight", "qkv_proj")}
+        with pytest.raises(ValueError, match="one layer in vLLM"):
+            fleet.apply(load_partly, {name: weight})
+        fleet.sync(weights, tmp_path)  # a new update goes on from there
         after = fleet.apply(products)
         assert fleet.apply(addresses) == held
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(torch.equal(before[layer], after[layer]) for layer in before)
 
 
 def test_weights_loaded_without_a_reload_are_refused(engines: tuple, model: Path) -> None:
