@@ -104,7 +104,7 @@ class WeightSync:
             "weight_sync/gb_per_s": report.gigabytes_per_second,
             "weight_sync/memcpy_gb_per_s": self._memcpy,
         }
-        if self._fleet is not None and self._config.rollout.quantization == "int8":
+        if self._fleet is not None and self._config.rollout.quantization != "none":
             metrics |= rounding_metrics(self._fleet.weight_rounding(), self._config.rollout.quantization_max_error)
         return metrics
 
