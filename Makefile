@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # The CPU cores of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
-sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver
+sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver $(SANITIZED)/int8_driver
 	for driver in $^; do $$driver; done
 
 $(SANITIZED)/%_driver: csrc/tests/%_driver.cpp csrc/tests/driver.h $(NATIVE) Makefile
@@ -46,12 +46,13 @@ $(SANITIZED)/%_driver: csrc/tests/%_driver.cpp csrc/tests/driver.h $(NATIVE) Mak
 	@flags="-std=c++17 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined"; \
 	flags="$$flags -fno-sanitize-recover=all -Icsrc"; \
 	compile() { echo "compiling $$1"; $(CXX) $$flags $${@:2} -c $$1 -o $(SANITIZED)/$*/$$(basename $$1).o; }; \
-	case $* in verify) simd=scan; core="verify_cpu problems";; logprobs) simd=logprobs; core=logprobs_cpu;; esac; \
-	if [ "$$(uname -m)" = x86_64 ]; then \
+	case $* in verify) simd=scan; core="verify_cpu problems";; logprobs) simd=logprobs; core=logprobs_cpu;; \
+		int8) simd=; core=int8_cpu;; esac; \
+	if [ -n "$$simd" ] && [ "$$(uname -m)" = x86_64 ]; then \
 		compile csrc/$${simd}_avx512.cpp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c; \
 		compile csrc/$${simd}_avx2.cpp -mavx2 -mfma -mf16c; \
 	fi; \
-	for name in $${simd}_portable capability $$core; do compile csrc/$$name.cpp; done; \
+	for name in $${simd:+$${simd}_portable capability} $$core; do compile csrc/$$name.cpp; done; \
 	compile $<; \
 	$(CXX) $$flags -pthread $(SANITIZED)/$*/*.o -o $@
 

@@ -132,7 +132,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension("rollout._verify", verify, libraries=["torch_cpu"]),
         Extension("megatron_rl._logprobs", logprobs, libraries=["torch_cpu"]),
-        Extension("rollout._int8", ["csrc/int8_linear.cpp"], libraries=["torch_cpu"]),
+        Extension("rollout._int8", sources("int8_ops", "int8_cpu"), libraries=["torch_cpu"]),
         Extension("rollout._ngram", ["csrc/ngram.cpp"]),
     ]
     if find_nvcc():

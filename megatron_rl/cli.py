@@ -20,6 +20,8 @@ bench_app = typer.Typer(help="Measure parts of the system.", no_args_is_help=Tru
 app.add_typer(bench_app, name="bench")
 drafter_app = typer.Typer(help="The trained drafter of speculative decoding.", no_args_is_help=True)
 app.add_typer(drafter_app, name="drafter")
+quantize_app = typer.Typer(help="Calibration of int8 engines.", no_args_is_help=True)
+app.add_typer(quantize_app, name="quantize")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
@@ -156,6 +158,53 @@ def warm_up_drafter(
     options += ["--output", str(output)] if output is not None else []
     arguments = ["-c", str(config), *options, *overrides]
     raise typer.Exit(launch(load_config(config, overrides), "drafter warmup", arguments, run))
+
+
+@quantize_app.command("profile")
+def profile_quantization(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Texts to run through the model.")] = 128,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option("--rollouts", help="Saved rollouts to run instead of prompts: JSON lines as for drafter warmup."),
+    ] = None,
+    quantized: Annotated[
+        Path | None,
+        typer.Option("--quantized", help="Take smoothing and clipping from this W8A8 checkpoint (compressed-tensors)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File to write; default: RUN_DIR/profile.safetensors.")
+    ] = None,
+) -> None:
+    """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
+    from megatron_rl.config import load_config
+    from megatron_rl.profiling import profile
+
+    settings = load_config(config, overrides or [])
+    profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)
+
+
+@quantize_app.command("setup")
+def set_up_quantization(
+    profile: Annotated[Path, typer.Argument(help="File that `quantize profile` wrote.")],
+    output: Annotated[Path, typer.Option("--output", help="YAML file to write; its vectors go beside it.")],
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error", help="Leave out layers beyond it; default: that of rollout.quantization_max_error."
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", help="Leave this out too, as in rollout.quantization_skip; repeatable."),
+    ] = None,
+) -> None:
+    """Write the file that engines read (rollout.quantization_profile, FLASHRL_CONFIG)."""
+    from megatron_rl.config.rollout import Rollout
+    from megatron_rl.quantize import setup
+
+    setup(profile, output, Rollout().quantization_max_error if max_error is None else max_error, skip or [])
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Hands the trainer's weights to the fleet, proves that they arrived, and says how fast."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.models.weights import PolicyWeights
 from rollout.checksum import differing, source_checksums
+from rollout.int8 import Rounding
 from rollout.shm_transfer import ShardedWeightSource
 from rollout.weight_sync import WeightSync as Connection
 from rollout.weight_sync import connect, segment_name
@@ -20,6 +22,7 @@ from rollout.weight_sync import connect, segment_name
 if TYPE_CHECKING:
     from rollout.fleet import RolloutFleet
 
+log = logging.getLogger(__name__)
 MEMCPY_SAMPLE_BYTES = 2**28
 
 
@@ -81,7 +84,8 @@ class WeightSync:
         """Send the current weights to all engines as policy `version`.
 
         Returns:
-            On the driver the speed in GB/s, beside a plain memory copy's; elsewhere an empty dict.
+            On the driver the speed in GB/s, beside a plain memory copy's, and what int8 made of the weights; elsewhere
+            an empty dict.
 
         Raises:
             RuntimeError: with `rollout.verify_weights`, when an engine does not hold the trainer's bits.
@@ -101,10 +105,13 @@ class WeightSync:
             self.verify()
         if not self._runtime.is_driver:
             return {}
-        return {
+        metrics = {
             "weight_sync/gb_per_s": report.gigabytes_per_second,
             "weight_sync/memcpy_gb_per_s": self._memcpy,
         }
+        if self._fleet is not None and "int8" in self._config.rollout.precisions:
+            metrics |= rounding_metrics(self._fleet.weight_rounding(), self._config.rollout.quantization_max_error)
+        return metrics
 
     def restore(self, engine: int) -> None:
         """Give a restarted engine the current weights; the fleet calls this on the driver."""
@@ -150,6 +157,30 @@ class WeightSync:
     def shutdown(self) -> None:
         """Release the connection."""
         self._connection.shutdown()
+
+
+def rounding_metrics(parts: Sequence[Mapping[str, Rounding]], bound: float) -> dict[str, float]:
+    """`quantization/*` of `docs/metrics.md` from what each worker says of its layers; a warning for errors over bound.
+
+    A layer cannot change its precision in a running engine: compiled code and CUDA graphs hold its tensors' addresses.
+    """
+    layers = [(rounding, name) for part in parts for name, rounding in part.items()]
+    if not layers:
+        return {}
+    worst, name = max(layers)
+    if worst.error > bound:
+        log.warning(
+            "%s loses %.0f %% of its weights' norm in int8, more than rollout.quantization_max_error=%g; restart with "
+            "it among rollout.quantization_skip, or calibrate anew (megatron-rl quantize profile).",
+            name,
+            100 * worst.error,
+            bound,
+        )
+    return {
+        "quantization/weight_error_mean": sum(rounding.error for rounding, _ in layers) / len(layers),
+        "quantization/weight_error_max": worst.error,
+        "quantization/clipped_share": sum(rounding.clipped for rounding, _ in layers) / len(layers),
+    }
 
 
 def _memcpy_gb_per_s(source: Source) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -15,6 +15,9 @@ from rollout.head_weights import PackedHead
 from rollout.quantization import quantization_arguments
 from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
 from rollout.vllm_options import check_sampling_options, check_vllm_options
+
+if TYPE_CHECKING:
+    from rollout.int8 import Rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +367,11 @@ class RolloutEngine:
     def stop(self) -> None:
         """Let vLLM's worker processes end in good order: killed, they leave their shared memory behind."""
         self._llm.engine_core.shutdown()
+
+    def weight_rounding(self) -> list[dict[str, "Rounding"]]:
+        """What int8 did to the weights of each layer, by its name in vLLM, per worker; empty where it is not used."""
+        parts: list[dict[str, Rounding]] = self._llm.collective_rpc("weight_rounding")
+        return parts
 
     def checksums(self) -> dict[str, int]:
         """Checksum of every Hugging Face tensor as the model multiplies with it, see `rollout.checksum`."""

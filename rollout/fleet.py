@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -27,6 +27,9 @@ from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
 from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, join, key_of
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
+
+if TYPE_CHECKING:
+    from rollout.int8 import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -310,6 +313,15 @@ class RolloutFleet:
         """Per engine, the checksum of each Hugging Face tensor it holds; see `rollout.checksum`."""
         sums: list[dict[str, int]] = ray.get([engine.actor.checksums.remote() for engine in self._engines])
         return sums
+
+    def weight_rounding(self) -> list[dict[str, "Rounding"]]:
+        """What int8 did to the weights of each layer, per worker of all engines; nothing of an engine that has died."""
+        calls = [engine.actor.weight_rounding.remote() for engine in self._engines]
+        parts: list[dict[str, Rounding]] = []
+        for call in calls:
+            with suppress(RayActorError):  # the next generation or sync notices, and restarts it
+                parts += ray.get(call)
+        return parts
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
         """What drafting gave since the last call, per engine; nothing of an engine that has died or does not draft."""

@@ -1,7 +1,11 @@
-"""Linear layers in W8A8 on the CPU: native operators (csrc/int8_linear.cpp) and their reference in PyTorch.
+"""Linear layers in W8A8 on the CPU: native operators (csrc/int8_cpu.cpp) and their reference in PyTorch.
 
 Weights have one scale per output channel, activations one per row, both symmetric: `amax / 127`. Sums of products are
 exact in int32, so a row's result depends neither on the other rows nor on the threads.
+
+Smoothing (SmoothQuant, Xiao et al. 2022) divides input channel j of the activations by s_j and multiplies that of the
+weight by it: the product stays the same, and outliers of the activations move into the weight, where each output
+channel has a scale of its own. Clipping cuts the largest weights of a channel, so that the others have finer steps.
 
 vLLM's own kernel, oneDNN, computes the same, but packs into memory of its own, at another address for every new weight,
 and takes almost three times as long for that as for a bf16 weight. Here packing writes into given tensors.
@@ -9,6 +13,7 @@ and takes almost three times as long for that as for a bf16 weight. Here packing
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int8, Int32
@@ -22,6 +27,21 @@ _CHANNELS = 64  # output channels are padded to a multiple of it
 _QUAD = 4  # inputs likewise
 
 
+class Rounding(NamedTuple):
+    """What quantization does to a weight."""
+
+    error: float
+    """Norm of the difference by the norm of the (smoothed) weight."""
+    clipped: float
+    """Share of the elements that are clipped, 0 to 1."""
+
+    @staticmethod
+    def of(sums: Float[Tensor, "3"], elements: int) -> "Rounding":
+        """From the squares of the differences, the squares of the weights, and the number of clipped elements."""
+        error, norm, clipped = sums.tolist()
+        return Rounding((error / norm) ** 0.5 if norm else 0.0, clipped / elements)
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """An [out, in] weight as `linear` reads it."""
@@ -29,6 +49,7 @@ class PackedWeight:
     packed: Int8[Tensor, " bytes"]
     scales: Float32[Tensor, " out"]
     sums: Int32[Tensor, " out"]  # of each channel's int8 weights
+    factors: Float32[Tensor, " in"] | None = None  # multiply the activations first: 1 / smoothing
 
     @staticmethod
     def empty(channels: int, inputs: int) -> "PackedWeight":
@@ -40,12 +61,16 @@ class PackedWeight:
             torch.empty(channels, dtype=torch.int32),
         )
 
-    def fill(self, weight: Float[Tensor, "out in"]) -> None:
-        """Quantize float32 or bfloat16 weights into this room.
+    def fill(
+        self, weight: Float[Tensor, "out in"], smoothing: Float32[Tensor, " in"] | None = None, clip: float = 1.0
+    ) -> Rounding:
+        """Quantize float32 or bfloat16 weights, times `smoothing`, into this room.
 
-        Raises ValueError when they do not fit into it, or on a CPU without AVX-512 VNNI.
+        The largest weight of a channel becomes `clip` of what it is, and those beyond likewise. Raises ValueError when
+        the weights do not fit into the room, or on a CPU without AVX-512 VNNI.
         """
-        torch.ops.megatron_rl.int8_pack(weight, self.packed, self.scales, self.sums)
+        blocks = torch.ops.megatron_rl.int8_pack(weight, self.packed, self.scales, self.sums, smoothing, clip)
+        return Rounding.of(blocks.sum(0), weight.numel())
 
 
 def linear(
@@ -55,27 +80,54 @@ def linear(
 
     Raises ValueError when the sizes do not fit, or on a CPU without AVX-512 VNNI.
     """
-    result: Tensor = torch.ops.megatron_rl.int8_linear(x, weight.packed, weight.scales, weight.sums, bias)
+    result: Tensor = torch.ops.megatron_rl.int8_linear(
+        x, weight.packed, weight.scales, weight.sums, bias, weight.factors
+    )
     return result
 
 
 def reference_linear(
-    x: Float[Tensor, "rows in"], weight: Float[Tensor, "out in"], bias: Float32[Tensor, " out"] | None
+    x: Float[Tensor, "rows in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float32[Tensor, " out"] | None,
+    smoothing: Float32[Tensor, " in"] | None = None,
+    clip: float = 1.0,
 ) -> Float[Tensor, "rows out"]:
-    """What `PackedWeight.fill` and `linear` compute together, bit by bit."""
-    (a, a_scale), (b, b_scale) = _quantized(x), _quantized(weight)
+    """What `PackedWeight.fill` and `linear` compute together, bit by bit; `PackedWeight.factors` is 1 / `smoothing`."""
+    factors = None if smoothing is None else smoothing.reciprocal()
+    (a, a_scale), (b, b_scale) = quantized(x, factors), quantized(weight, smoothing, clip)
     sums = (a.double() @ b.double().T).float()  # exact, then rounded once
     product = (sums * b_scale[None, :]) * a_scale[:, None]
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    largest = rows.float().abs().amax(1)
+def rounding_sums(
+    weight: Float[Tensor, "out in"],
+    levels: Float32[Tensor, "out in"],
+    scales: Float32[Tensor, " out"],
+    smoothing: Float32[Tensor, " in"] | None,
+) -> Float[Tensor, "3"]:
+    """What `quantized` has done to a weight, or to some of its rows, as `Rounding.of` takes it; float64."""
+    wide = weight.float() if smoothing is None else weight.float() * smoothing
+    limits = 127 * scales[:, None]
+    differences = levels * scales[:, None] - wide
+    clipped = (wide.abs() > limits * (1 + 1e-6)).sum()  # a largest weight may be off by a bit
+    return torch.stack([differences.double().square().sum(), wide.double().square().sum(), clipped.double()])
+
+
+def quantized(
+    rows: Float[Tensor, "rows in"], factors: Float32[Tensor, " in"] | None = None, clip: float = 1.0
+) -> tuple[Float32[Tensor, "rows in"], Float32[Tensor, " rows"]]:
+    """Rows times `factors`, as whole numbers up to 127 and one scale each."""
+    wide = rows.float() if factors is None else rows.float() * factors
+    largest = wide.abs().amax(1) * clip
     # `127 / largest` would be 127 times the reciprocal, which is rounded twice.
     inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
-    return (rows.float() * inverse[:, None]).round(), largest / 127
+    return (wide * inverse[:, None]).round().clamp(-127, 127), largest / 127
 
 
 @torch.library.register_fake("megatron_rl::int8_linear")
-def _shape(x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+def _shape(
+    x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, factors: Tensor | None
+) -> Tensor:
     return x.new_empty(x.shape[0], scales.shape[0])  # `len` would fix the number of rows for good

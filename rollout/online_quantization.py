@@ -6,12 +6,12 @@ meta device, and vLLM's layerwise reload materializes a layer, loads it, calls `
 copies the result to where the old one was. So one layer at a time exists in both precisions.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from vllm import _custom_ops as ops
 from vllm.config.quantization import QuantizationConfigArgs
 from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -26,22 +26,27 @@ from vllm.platforms import current_platform
 
 from megatron_rl.config.quantization import is_skipped
 from rollout import int8
+from rollout.calibration import NOT_CALIBRATED, Calibration, LayerCalibration
 from rollout.quantization import METHOD
+from rollout.whole_layers import load_whole_layers_only
 
 # What vLLM calls the values of `rollout.quantization`. It has no method for linear layers of the first kind.
 _INT8 = "int8_per_channel_static"
 _WEIGHTS = {"int8": _INT8, "fp8": "fp8_per_tensor", "fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
 _PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer; a reload takes it off
+_ELEMENTS = 2**24  # of a weight that are quantized at a time on GPUs, where float32 copies of it all may not fit
+log = logging.getLogger(__name__)
 
 
 class RolloutQuantization(OnlineQuantizationConfig):
     """vLLM's online quantization with int8 for linear layers, layers left out by name, and a float32 output layer."""
 
-    def __init__(self, kind: str, skip: list[str], lm_head_fp32: bool) -> None:
+    def __init__(self, kind: str, skip: list[str], lm_head_fp32: bool, profile: str | None) -> None:
         super().__init__(
             QuantizationConfigArgs(targets={}) if kind == "none" else QuantizationConfigArgs(linear=_WEIGHTS[kind])
         )
         self._kind, self._skip, self._lm_head_fp32 = kind, skip, lm_head_fp32
+        self._calibration = None if profile is None else Calibration(profile)
 
     @classmethod
     def get_name(cls) -> str:
@@ -53,19 +58,26 @@ class RolloutQuantization(OnlineQuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RolloutQuantization":
-        return cls(config["kind"], config["skip"], config["lm_head_fp32"])
+        return cls(config["kind"], config["skip"], config["lm_head_fp32"], config["profile"])
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
             return Float32HeadMethod() if self._lm_head_fp32 else None
         if not isinstance(layer, LinearBase):
             return None
-        if self._kind == "none" or is_skipped(self._checkpoint_names(prefix), self._skip):
+        names = self._checkpoint_names(prefix)
+        if self._kind == "none":
             return UnquantizedLinearMethod()
+        if is_skipped(names, self._skip):
+            return load_whole_layers_only(UnquantizedLinearMethod(), names, quantizes=False)
         if self._kind != "int8":
-            return super().get_quant_method(layer, prefix)
+            return load_whole_layers_only(super().get_quant_method(layer, prefix), names, quantizes=True)
+        calibration = NOT_CALIBRATED if self._calibration is None else self._calibration.of_layer(prefix)
+        if calibration.skip is not None:
+            log.warning("%s is not quantized: %s.", prefix, calibration.skip)
+            return load_whole_layers_only(UnquantizedLinearMethod(), names, quantizes=False)
         self.quantized_layers[prefix] = ("linear", _INT8, None)  # for vLLM's log
-        return Int8LinearMethod()
+        return load_whole_layers_only(Int8LinearMethod(calibration), names, quantizes=True)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         parent, _, own_name = prefix.rpartition(".")
@@ -77,52 +89,87 @@ class Int8LinearMethod(OnlineLinearBase):
 
     activation_quant_key = None  # activations arrive as they are
 
-    def __init__(self) -> None:
+    def __init__(self, calibration: LayerCalibration = NOT_CALIBRATED) -> None:
         super().__init__()
-        self._kernel: Any = (
-            CpuKernel()
-            if current_platform.is_cpu()
-            else init_int8_linear_kernel(
-                is_channelwise=True,
-                is_static_input_scheme=False,
-                input_symmetric=True,
-                module_name=type(self).__name__,
-            )
-        )
+        self.calibration = calibration
+        self.rounding = int8.Rounding(0.0, 0.0)  # of the weights that are loaded
+        self._kernel: Any = CpuKernel() if current_platform.is_cpu() else GpuKernel()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a float32 scale per output channel."""
+        """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a float32 scale per output channel.
+
+        A smoothed layer also gets `factors`, [in] float32, for its activations. Raises ConfigError when the smoothing
+        is of another size than the layer.
+        """
         if getattr(layer, _PROCESSED, False):
             return
-        if not current_platform.is_cpu():
-            quantized, scale, _ = ops.scaled_int8_quant(layer.weight)
-            replace_parameter(layer, "weight", quantized)
-            replace_parameter(layer, "weight_scale", scale)
-        self._kernel.process_weights_after_loading(layer)
+        smoothing = self.calibration.part_of(layer)
+        self.rounding = self._kernel.quantize(layer, smoothing, self.calibration.clip)
+        if smoothing is not None:
+            replace_parameter(layer, "factors", smoothing.reciprocal())
         setattr(layer, _PROCESSED, True)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight, plus bias [out]; the result [..., out] has the dtype of x."""
-        result: Tensor = self._kernel.apply_weights(layer, x, bias)
+        factors = layer.factors if self.calibration.smoothing is not None else None
+        result: Tensor = self._kernel.multiply(layer, x, factors, bias)
         return result
 
 
 class CpuKernel:
-    """`rollout.int8` with the methods of vLLM's kernels."""
+    """`rollout.int8` on a vLLM layer."""
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
         """Quantize and pack the layer's weight, [out, in]; its place takes what `rollout.int8.PackedWeight` holds."""
         weight = int8.PackedWeight.empty(*layer.weight.shape)
-        weight.fill(layer.weight)
+        rounding = weight.fill(layer.weight, smoothing, clip)
         replace_parameter(layer, "weight", weight.packed)
         replace_parameter(layer, "weight_scale", weight.scales)
         replace_parameter(layer, "weight_sum", weight.sums)
+        return rounding
 
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Int8LinearMethod.apply`."""
-        weight = int8.PackedWeight(layer.weight, layer.weight_scale, layer.weight_sum)
+    def multiply(self, layer: Any, x: Tensor, factors: Tensor | None, bias: Tensor | None) -> Tensor:
+        """See `Int8LinearMethod.apply`; activations are multiplied with `factors` [in] first."""
+        weight = int8.PackedWeight(layer.weight, layer.weight_scale, layer.weight_sum, factors)
         rows = x.reshape(-1, x.shape[-1])
         return int8.linear(rows, weight, None if bias is None else bias.float()).view(*x.shape[:-1], -1)
+
+
+class GpuKernel:
+    """The same with the kernel that vLLM chooses."""
+
+    def __init__(self) -> None:
+        self._kernel: Any = init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name=Int8LinearMethod.__name__,
+        )
+
+    def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
+        """Quantize the layer's weight, [out, in], and bring it into the kernel's order."""
+        weight = layer.weight
+        levels = torch.empty_like(weight, dtype=torch.int8)
+        scales = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
+        rows = max(1, _ELEMENTS // weight.shape[1])  # at a time, in float32
+        for part, part_levels, part_scales in zip(
+            weight.split(rows), levels.split(rows), scales.split(rows), strict=True
+        ):
+            wide, part_scales[:, 0] = int8.quantized(part, smoothing, clip)
+            part_levels.copy_(wide)
+            sums += int8.rounding_sums(part, wide, part_scales[:, 0], smoothing)
+        replace_parameter(layer, "weight", levels)
+        replace_parameter(layer, "weight_scale", scales)
+        for absent in ("input_scale", "input_zero_point", "azp_adj"):  # the kernels look for them
+            setattr(layer, absent, None)
+        self._kernel.process_weights_after_loading(layer)
+        return int8.Rounding.of(sums, weight.numel())
+
+    def multiply(self, layer: Any, x: Tensor, factors: Tensor | None, bias: Tensor | None) -> Tensor:
+        """See `CpuKernel.multiply`."""
+        product: Tensor = self._kernel.apply_weights(layer, x if factors is None else (x * factors).to(x.dtype), bias)
+        return product
 
 
 class Float32HeadMethod(UnquantizedEmbeddingMethod):
@@ -146,6 +193,15 @@ class Float32HeadMethod(UnquantizedEmbeddingMethod):
             return super().apply(layer, x.float(), bias)
         logits = torch.mm(x, layer.weight.t(), out_dtype=torch.float32)
         return logits if bias is None else logits + bias
+
+
+def weight_rounding(model: Module) -> dict[str, int8.Rounding]:
+    """What int8 did to the weights that each layer of a vLLM model holds."""
+    return {
+        name: layer.quant_method.rounding
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "quant_method", None), Int8LinearMethod)
+    }
 
 
 def register_online_quantization() -> None:

@@ -1,6 +1,7 @@
 """The entry point through which vLLM loads this package (`vllm.general_plugins`), in each of its processes.
 
-Without `MEGATRON_RL_PLUGIN=1` in the environment it changes nothing in vLLM. Its settings travel as environment
+Without `MEGATRON_RL_PLUGIN=1` in the environment, which engines of ours have, and without the variables of
+`rollout.drop_in`, which are for engines of others, it changes nothing in vLLM. Its settings travel as environment
 variables because vLLM starts worker processes of its own:
 
 - `MEGATRON_RL_VOCAB_LIMIT`: token ids from this one on are never sampled (the size of the tokenizer).
@@ -19,10 +20,18 @@ DISABLE_AMX = "MEGATRON_RL_DISABLE_AMX"
 def register() -> None:
     """Install coupled sampling, online quantization and the `shm` weight transfer in this process; any number of times.
 
-    Raises ConfigError for a setting that is no number, RuntimeError for a vLLM version that is not among the tested.
+    Or, for `rollout.drop_in`, what its variables ask for. Raises ConfigError for a wrong setting, RuntimeError for a
+    vLLM version that is not among the tested.
     """
+    others = sorted(name for name in os.environ if name.startswith("FLASHRL_"))
     if os.environ.get(ENABLE) != "1":
+        if others:
+            from rollout.drop_in import install_drop_in
+
+            install_drop_in()
         return
+    if others:
+        raise ConfigError(f"{others[0]} is for engines of other frameworks; unset it and set rollout.quantization.")
     from rollout.online_quantization import register_online_quantization
     from rollout.shm_transfer import register_shm_transfer
     from rollout.vllm_patch import install_coupled_sampling

@@ -1,4 +1,5 @@
-"""The one place that changes vLLM. Eight functions, all about which token is sampled, or when:
+"""The one place that changes vLLM. Eight functions, all about which token is sampled, or when, for engines of ours, and
+four for engines of others (at the end):
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
@@ -16,6 +17,9 @@
   be one with it, so that new weights for one would overwrite the other.
 - `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
   lacks them; ours does not.
+- For `rollout.drop_in`: `EngineArgs.create_engine_config`, before which its settings go into the arguments (plugins are
+  loaded when these exist already); `Worker.load_model`, after which a reload is tried; `Worker.reload_weights` and
+  `finish_weight_update`, after which an output layer that vLLM forgets on CPU is renewed.
 
 A request takes part in coupled sampling by carrying its seed, `SamplingParams(extra_args={"seed": 123})` (vLLM's own
 `seed` keeps a generator's state per request, which a restart loses). The position key of a row is the position of its
@@ -25,19 +29,22 @@ input token.
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import vllm
 from jaxtyping import Int
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from rollout import eagle
 from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
@@ -80,11 +87,7 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
 
     Requests without a seed are sampled by vLLM itself, below the same limit. Raises RuntimeError for an untested vLLM.
     """
-    if vllm.__version__.split("+")[0] not in TESTED_VERSIONS:
-        raise RuntimeError(
-            f"Coupled sampling changes vLLM's model runner and was tested with vLLM {', '.join(TESTED_VERSIONS)}, "
-            f"but {vllm.__version__} is installed; install a tested version."
-        )
+    _check_version()
     if hasattr(GPUModelRunner._sample, "__wrapped__"):
         return
     _replace_sampling(vocab_limit)
@@ -95,6 +98,50 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
     SamplingParams._validate_spec_decode = _validate_spec_decode
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def install_hooks(
+    before_config: Callable[[Any], None], after_load: Callable[[Any], None], after_update: Callable[[Any], None]
+) -> None:
+    """Call the first with every `EngineArgs` before it is used, the others with every worker that has loaded its model,
+    or got new weights.
+
+    Idempotent. Raises RuntimeError for an untested vLLM.
+    """
+    _check_version()
+    stock_create = EngineArgs.create_engine_config
+    if hasattr(stock_create, "__wrapped__"):
+        return
+
+    @wraps(stock_create)
+    def create_engine_config(engine_args: Any, *arguments: Any, **named: Any) -> Any:
+        before_config(engine_args)
+        return stock_create(engine_args, *arguments, **named)
+
+    EngineArgs.create_engine_config = create_engine_config
+    for name, after in (
+        ("load_model", after_load),
+        ("reload_weights", after_update),
+        ("finish_weight_update", after_update),
+    ):
+        setattr(Worker, name, _followed(getattr(Worker, name), after))
+
+
+def _followed(stock: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+    @wraps(stock)
+    def both(worker: Any, *arguments: Any, **named: Any) -> None:
+        stock(worker, *arguments, **named)
+        after(worker)
+
+    return both
+
+
+def _check_version() -> None:
+    if vllm.__version__.split("+")[0] not in TESTED_VERSIONS:
+        raise RuntimeError(
+            f"This package changes functions of vLLM and was tested with vLLM {', '.join(TESTED_VERSIONS)}, but "
+            f"{vllm.__version__} is installed; install a tested version."
+        )
 
 
 def _replace_sampling(vocab_limit: int | None) -> None:

@@ -24,6 +24,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rollout.checksum import PartialChecksums, partial_checksum
 from rollout.head_weights import PackedHead, unpack_head
+from rollout.int8 import Rounding
+from rollout.online_quantization import weight_rounding
 from rollout.vllm_patch import verify_clock
 
 # (HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part)
@@ -53,6 +55,10 @@ class WorkerExtension:
             initialize_layerwise_reload(head)
             head.load_weights(unpack_head(packed))
             finalize_layerwise_reload(head, self.vllm_config.speculative_config.draft_model_config)
+
+    def weight_rounding(self) -> dict[str, Rounding]:
+        """What int8 did to the weights of this worker's part of each layer."""
+        return weight_rounding(self.model_runner.get_model())
 
     @torch.inference_mode()
     def weight_checksums(self) -> PartialChecksums:

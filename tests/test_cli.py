@@ -55,6 +55,13 @@ def test_convert_does_not_write_into_a_folder_with_files(tmp_path: Path) -> None
     assert_one_line_error(result, "not an empty folder")
 
 
+def test_a_file_that_is_no_profile_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    result = megatron_rl("quantize", "setup", str(tmp_path / "empty"), "--output", str(tmp_path / "int8.yaml"))
+    assert_one_line_error(result, "empty is no profile", "quantize profile")
+    assert not (tmp_path / "int8.yaml").exists()
+
+
 def test_help_and_config_errors_do_not_import_torch() -> None:
     program = (
         "import sys\n"

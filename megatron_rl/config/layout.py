@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.quantization import skip_patterns
+from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
     from megatron_rl.config.rollout import Rollout
@@ -89,6 +89,11 @@ def _check_quantization(config: "Config") -> None:
                 "rollout.quantization_skip has no effect with rollout.quantization=none; choose a precision there, or "
                 "leave it empty."
             )
+        if rollout.quantization_profile is not None:
+            raise ConfigError(
+                "rollout.quantization_profile has no effect with rollout.quantization=none; set that to int8, or leave "
+                "the file out."
+            )
         return
     if rollout.verify_weights:
         raise ConfigError(
@@ -139,6 +144,18 @@ def _check_sleep(rollout: "Rollout") -> None:
         raise ConfigError(
             "rollout.sleep=2 would drop the weights of the EAGLE head, which a sync does not bring; set it to 1, or "
             "leave eagle out of rollout.speculation.drafters."
+        )
+
+
+def _check_profile(config: "Config") -> None:
+    rollout = config.rollout
+    if rollout.quantization_profile is None:
+        return
+    stored = read_quantization_file(rollout.quantization_profile).quantization
+    if stored not in rollout.precisions:
+        raise ConfigError(
+            f"rollout.quantization_profile={rollout.quantization_profile} is for {stored}, but "
+            f"rollout.quantization={rollout.quantization}; set it to {stored} or leave the file out."
         )
 
 
@@ -205,6 +222,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
         )
     skip_patterns(config.rollout.quantization_skip, layers)
+    _check_profile(config)
     if world_size is not None:
         check_world_size(config, world_size)
 

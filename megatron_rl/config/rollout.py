@@ -70,6 +70,12 @@ class Rollout(Section):
     precision_tail: float = Field(0.0, ge=0, lt=1)
     """In a mixed fleet: quantized engines begin all responses, and this share of them, the longest ones, is finished by
     the engines without quantization (see `docs/quantization.md`); 0: each response stays where it began."""
+    quantization_profile: str | None = None
+    """For int8: file of `megatron-rl quantize setup`, with each layer's smoothing and clipping and the layers to leave
+    out. Engines read it when they start; on several nodes it has to be where all see it."""
+    quantization_max_error: PositiveFloat = 0.1
+    """Largest relative error of a layer in int8: of its output for `megatron-rl quantize setup`, which leaves layers
+    beyond it in high precision, and of its weights for a warning after a sync."""
     lm_head_fp32: bool = False
     """Compute the logits in float32, also in bf16 engines. The output layer is never quantized."""
     weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"

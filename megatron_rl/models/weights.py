@@ -51,7 +51,7 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
     Raises:
         ConfigError: when the folder has no safetensors, or a tensor is missing or has another shape.
     """
-    files = _tensor_files(Path(folder))
+    files = tensor_files(Path(folder), "model.path=")
     shapes = hf_shapes(arch)
     live = _live_parameters(model)
     for parameter in shard_parameters(arch, current_shard()):
@@ -103,13 +103,18 @@ def has_hf_weights(folder: str | Path) -> bool:
     return any(Path(folder).glob("*.safetensors"))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path, key: str) -> dict[str, Path]:
+    """The safetensors file of each tensor in a folder.
+
+    Raises:
+        ConfigError: when there is none; `key` is what the user has set the folder with.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     if not files:
-        raise ConfigError(f"model.path={str(folder)!r} has no *.safetensors; it must hold the model's weights.")
+        raise ConfigError(f"{key}{str(folder)!r} has no *.safetensors; it must hold the model's weights.")
     return files
 
 

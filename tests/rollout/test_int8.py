@@ -1,9 +1,11 @@
 """The native int8 operators against their reference, bit by bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rollout.int8 import PackedWeight, linear, reference_linear
+from rollout.int8 import PackedWeight, linear, quantized, reference_linear
 
 if not torch.cpu._is_vnni_supported():
     pytest.skip("int8 products need AVX-512 VNNI", allow_module_level=True)
@@ -29,6 +31,36 @@ def test_products_are_the_references(channels: int, inputs: int, with_bias: bool
     assert result.dtype == dtype and torch.equal(result, reference_linear(x, weight, bias))
     exact = x.float() @ weight.float().T + (bias if with_bias else 0)
     assert (result.float() - exact).abs().max() < 0.1 * inputs**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+@pytest.mark.parametrize(("channels", "inputs"), SIZES)
+def test_smoothed_and_clipped_products_are_the_references(
+    channels: int, inputs: int, clip: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(channels, inputs).to(dtype), torch.randn(13, inputs).to(dtype)
+    smoothing = torch.rand(inputs) * 10 + 0.1
+    room = replace(PackedWeight.empty(channels, inputs), factors=smoothing.reciprocal())
+    rounding = room.fill(weight, smoothing, clip)
+    assert torch.equal(linear(x, room, None), reference_linear(x, weight, None, smoothing, clip))
+    levels, scales = quantized(weight, smoothing, clip)
+    wide = weight.float() * smoothing
+    error = (levels * scales[:, None] - wide).norm() / wide.norm()
+    assert rounding.error == pytest.approx(error.item(), rel=1e-4, abs=1e-6)
+    beyond = (wide.abs() > wide.abs().amax(1, keepdim=True) * clip).float().mean().item()
+    assert rounding.clipped == pytest.approx(beyond) and (clip == 1) == (rounding.clipped == 0)
+
+
+def test_smoothing_saves_what_an_outlier_channel_would_drown() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 160), torch.randn(50, 160)
+    x[:, 7] *= 300
+    exact = x @ weight.T
+    smoothing = x.abs().amax(0) ** 0.5 / weight.abs().amax(0) ** 0.5
+    plain, smoothed = ((reference_linear(x, weight, None, vector) - exact).norm() for vector in (None, smoothing))
+    assert smoothed < plain / 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -91,6 +123,17 @@ def test_new_weights_lie_where_the_old_ones_lay() -> None:
 def test_what_does_not_fit_is_refused(x: torch.Tensor, weight: tuple, bias: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear(x, packed(torch.ones(weight)), bias)
+
+
+def test_smoothing_and_clipping_that_do_not_fit_are_refused() -> None:
+    room = PackedWeight.empty(3, 16)
+    with pytest.raises(ValueError, match="smoothing must be one-dimensional with 16 entries"):
+        room.fill(torch.ones(3, 16), torch.ones(15))
+    with pytest.raises(ValueError, match="clip must be above 0"):
+        room.fill(torch.ones(3, 16), clip=1.5)
+    room.fill(torch.ones(3, 16))
+    with pytest.raises(ValueError, match="factors must be one-dimensional with 16 entries"):
+        linear(torch.ones(2, 16), replace(room, factors=torch.ones(3)), None)
 
 
 def test_compiled_code_takes_any_number_of_rows() -> None:

@@ -20,8 +20,8 @@ from drafter.checkpoint import save_head
 from megatron_rl.config import ConfigError
 from rollout.engine import engine_arguments
 from rollout.fleet import RolloutFleet
-from rollout.int8 import reference_linear
-from rollout.online_quantization import Float32HeadMethod, Int8LinearMethod, RolloutQuantization
+from rollout.int8 import PackedWeight, reference_linear
+from rollout.online_quantization import Float32HeadMethod, GpuKernel, Int8LinearMethod, RolloutQuantization
 from rollout.records import Rollout
 from rollout.vllm_options import check_vllm_options
 from rollout.weight_sync import segment_name
@@ -57,6 +57,20 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
     assert torch.equal(live_weight(layer), layer.weight)  # what `rollout.verify_weights` reads
 
 
+def test_vllms_kernel_gets_smoothed_and_clipped_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("rollout.online_quantization._ELEMENTS", 40 * IN)  # 40 rows at a time
+    matrix, x, smoothing = torch.randn(OUT, IN), torch.randn(5, IN), torch.rand(IN) * 5 + 0.2
+    layer: Any = Module()
+    same = PackedWeight.empty(OUT, IN)
+    layer.weight, layer.logical_widths = Parameter(matrix, requires_grad=False), [OUT]
+    kernel = GpuKernel()
+    rounding = kernel.quantize(layer, smoothing, 0.9)
+    assert rounding == pytest.approx(same.fill(matrix, smoothing, 0.9)) and rounding.clipped > 0
+    product = kernel.multiply(layer, x, smoothing.reciprocal(), None)
+    torch.testing.assert_close(product, reference_linear(x, matrix, None, smoothing, 0.9), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -66,7 +80,7 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
     ],
 )
 def test_fp8_is_vllms_own_method(kind: str, method: str) -> None:
-    config = RolloutQuantization.from_config({"kind": kind, "skip": [], "lm_head_fp32": False})
+    config = RolloutQuantization.from_config({"kind": kind, "skip": [], "lm_head_fp32": False, "profile": None})
     resolved = config.resolve_quant_method_cls(LinearBase, "model.layers.0.mlp.down_proj")
     assert resolved is not None and resolved[-1].__name__ == method
 
@@ -211,6 +225,59 @@ def test_a_partial_update_touches_the_named_layers_only(
     }
     restored = fleet.apply(products)
     assert all(torch.equal(before[name], restored[name]) for name in before)
+
+
+def finish(engine: Any, weights: dict[str, Tensor]) -> None:
+    model = policy(engine)
+    model.load_weights(weights.items())
+    finalize_layerwise_reload(model, engine._llm.model_config)
+
+
+def test_a_partial_update_of_a_fused_layer_is_refused_until_it_is_complete(
+    engines: tuple, model: Path, tmp_path: Path
+) -> None:
+    fleet, weights = engines[0], _load(model)
+    before, held = fleet.apply(products), fleet.apply(addresses)
+    part = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(128, 64) for i in (0, 1)}  # one is left out
+    for name, weight in part.items():
+        with pytest.raises(ValueError, match=rf"names 1 of {name.removesuffix('.weight')}.*one layer in vLLM"):
+            fleet.apply(load_partly, {name: weight})
+        whole = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        fleet.apply(finish, {part_name: 0 * weights[part_name] for part_name in whole})
+        after = fleet.apply(products)
+        changed = {layer for layer in before if not torch.equal(before[layer], after[layer])}
+        assert changed == {name.replace("q_proj.weight", "qkv_proj")}
+        with pytest.raises(ValueError, match="one layer in vLLM"):
+            fleet.apply(load_partly, {name: weight})
+        fleet.sync(weights, tmp_path)  # a new update goes on from there
+        after = fleet.apply(products)
+        assert fleet.apply(addresses) == held
+        assert all(torch.equal(before[layer], after[layer]) for layer in before)
+
+
+def test_weights_loaded_without_a_reload_are_refused(engines: tuple, model: Path) -> None:
+    def load(engine: Any, weights: dict[str, Tensor]) -> None:
+        policy(engine).load_weights(weights.items())
+
+    before = engines[0].apply(products)
+    name = "model.layers.1.mlp.down_proj"
+    with pytest.raises(ValueError, match=f"{name} is quantized, so load_weights alone cannot change it"):
+        engines[0].apply(load, {f"{name}.weight": _load(model)[f"{name}.weight"]})
+    after = engines[0].apply(products)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_int8_loses_is_reported_after_every_sync(engines: tuple, model: Path, tmp_path: Path) -> None:
+    fleet, weights = engines[0], _load(model)
+    spiked = {name: weight.clone() for name, weight in weights.items()}
+    spiked["model.layers.0.self_attn.o_proj.weight"][:, 0] = 1000  # all others become 0 beside it
+    before = fleet.weight_rounding()[0]
+    fleet.sync(spiked, tmp_path)
+    after = fleet.weight_rounding()[0]
+    fleet.sync(weights, tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"model.layers.0.self_attn.o_proj"}
+    assert all(0.001 < rounding.error < 0.02 and rounding.clipped == 0 for rounding in before.values())
+    assert fleet.weight_rounding()[0] == before
 
 
 def test_layers_left_out_multiply_as_if_nothing_were_quantized(engines: tuple, model: Path) -> None:

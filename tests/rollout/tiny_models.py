@@ -1,9 +1,11 @@
 """Tiny random models on disk, with a character tokenizer."""
 
+import json
 import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
@@ -53,4 +55,32 @@ def make_model(folder: Path, seed: int = 0, spread: float = 0.2, **overrides: ob
             parameter.data.normal_(0, spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def plant_outliers(folder: Path, factor: float = 100.0) -> Path:
+    """Let two inputs of every linear layer be `factor` times larger, and what they are multiplied with smaller.
+
+    In exact numbers the model stays the same; int8 loses what lies beside the outliers.
+    """
+    weights = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    head_dim = settings["head_dim"]
+    shared = settings["num_attention_heads"] // settings["num_key_value_heads"]
+    for layer in range(settings["num_hidden_layers"]):
+        block = f"model.layers.{layer}."
+        for channel in (5, 17):
+            for norm, readers in (
+                ("input_layernorm", ("self_attn.q", "self_attn.k", "self_attn.v")),
+                ("post_attention_layernorm", ("mlp.gate", "mlp.up")),
+            ):
+                weights[f"{block}{norm}.weight"][channel] *= factor
+                for reader in readers:
+                    weights[f"{block}{reader}_proj.weight"][:, channel] /= factor
+            weights[f"{block}mlp.up_proj.weight"][channel] *= factor
+            weights[f"{block}mlp.down_proj.weight"][:, channel] /= factor
+            weights[f"{block}self_attn.v_proj.weight"][channel] *= factor  # of the first key/value head
+            columns = [head * head_dim + channel for head in range(shared)]
+            weights[f"{block}self_attn.o_proj.weight"][:, columns] /= factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
