@@ -15,9 +15,8 @@ from vllm.v1.request import Request
 
 from rollout.lenient import Judged
 from rollout.ngram import NgramDrafter
-from rollout.records import GROUP_KEY, LENIENCE_KEY, PAST_KEY, SEED_KEY, Past, Source
+from rollout.records import GROUP_KEY, HISTORY, LENIENCE_KEY, PAST_KEY, SEED_KEY, SUFFIX, Past, Source
 
-HISTORY, SUFFIX = "history", "suffix"  # drafters, by their names in counts
 _CONTEXT = 24  # tokens before a detour that the n-gram drafter is shown
 _FADE = 0.999  # per draft token that was put to the test
 _BEGIN = (99.0, 100.0)  # accepted and tried tokens that were seen before anything was: about 1 in 100 differs

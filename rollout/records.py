@@ -1,6 +1,6 @@
 """What goes into the fleet and what comes out of it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -12,6 +12,8 @@ SEED_KEY = "seed"  # decides the noise; a request that carries it takes part in 
 GROUP_KEY = "group"  # requests of one group are samples of one prompt
 PAST_KEY = "past"  # a `Past`: an earlier response to draft from
 LENIENCE_KEY = "lenience"  # that response is kept by the lenient rule; without it, by the coupled one
+# Drafters of earlier responses, beside those of `rollout.adaptive`: the sample's own, and what they all have in common.
+HISTORY, SUFFIX = "history", "suffix"
 # Key of vLLM's additional_config: what `rollout.scheduler` is to do.
 SPECULATION_KEY = "megatron_rl_speculation"
 
@@ -83,7 +85,7 @@ class SpeculationCounts:
     """Drafter -> draft tokens verified."""
     accepted_by: Counter[str] = field(default_factory=Counter)
     """Drafter -> draft tokens accepted."""
-    saved_by: Counter[str] = field(default_factory=Counter)
+    saved_by: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Drafter -> seconds that its accepted tokens saved; below 0 where its drafts cost more than they brought."""
     history_seconds: float = 0.0
     """Seconds of the steps that verified earlier responses, by these drafts' share of the rows."""

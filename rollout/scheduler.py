@@ -30,9 +30,9 @@ from rollout.adaptive import (
     make_controller,
 )
 from rollout.eagle import HeadDrafts
-from rollout.history_drafts import HISTORY, HistoryDrafts
+from rollout.history_drafts import HistoryDrafts
 from rollout.ngram import Drafts, NgramDrafter
-from rollout.records import GROUP_KEY, SPECULATION_KEY, Source, SpeculationCounts
+from rollout.records import GROUP_KEY, HISTORY, SPECULATION_KEY, Source, SpeculationCounts
 from rollout.step_cost import StepCost
 
 TIMELINE_STEPS = 4096

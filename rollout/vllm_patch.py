@@ -260,8 +260,8 @@ def _coupled(
     judged: dict[str, Judged] = getattr(runner, JUDGED, {})
     with verify_clock:
         if judged:
-            rows = [judged.get(request) for request in runner.input_batch.req_ids]
-            (tokens, emitted, logprobs), marks = verify_leniently(rows, *arguments, counts)
+            by_request = [judged.get(request) for request in runner.input_batch.req_ids]
+            (tokens, emitted, logprobs), marks = verify_leniently(by_request, *arguments, counts)
         else:
             tokens, emitted, logprobs = verify_tokens(*arguments)
             marks = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device)

@@ -11,9 +11,8 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollout.history_drafts import HISTORY, SUFFIX
 from rollout.noise import acceptance_uniforms
-from rollout.records import Past, Rollout, RolloutRequest, Source
+from rollout.records import HISTORY, SUFFIX, Past, Rollout, RolloutRequest, Source
 from tests.rollout.helpers import generate, make_requests, open_arguments, open_engines
 
 TOKENS = 40
