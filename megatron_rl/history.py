@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.config.schema import LenienceBudget
+from megatron_rl.config.history import LenienceBudget
 from megatron_rl.data.order import is_refreshed
 from rollout.history import History, Key
 from rollout.records import Past, Rollout, RolloutRequest, Source

@@ -91,6 +91,8 @@ class HistoryDrafts:
         `room` gives the draft tokens that a request can use; `threshold` is the chance of acceptance below which a
         draft token costs more than it brings.
         """
+        if not self._requests:
+            return {}
         drafts: dict[str, tuple[str, list[int]]] = {}
         length = self._length(threshold)
         detours: list[Request] = []
@@ -142,6 +144,8 @@ class HistoryDrafts:
     def judged(self, scheduled: Any, requests: dict[str, Request]) -> dict[str, Judged]:
         """What the lenient rule has to decide in a scheduled step, by request."""
         asked: dict[str, Judged] = {}
+        if not self._requests:
+            return asked
         for name in scheduled.num_scheduled_tokens:
             reuse = self._requests.get(name)
             if reuse is None or reuse.lenience is None or not reuse.goes_on:

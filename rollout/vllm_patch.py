@@ -7,7 +7,8 @@
   uninitialised there, which gives drafts the wrong temperature.
 - `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft, unless
   an EAGLE head is to draft after it. And no length is too long for the head: vLLM would hand out drafts of zeros to all
-  requests as soon as one is near its end, although positions past the end are taken care of.
+  requests as soon as one is near its end, although positions past the end are taken care of. And what the scheduler
+  asks to be judged by the lenient rule (`rollout.lenient`) is taken along to `_sample`.
 - `GPUModelRunner.propose_draft_token_ids`: where the scheduler lets the EAGLE head rest (`eagle.RESTS`), it does not
   run. With K = 0, vLLM's own way, it would still make its first pass, to keep its keys and values complete.
 - `SpecDecodeBaseProposer._maybe_share_embeddings`, `_maybe_share_lm_head`: the head always reads the policy's

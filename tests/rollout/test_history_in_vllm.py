@@ -1,5 +1,6 @@
 """Earlier responses as drafts, in real engines."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from drafter.checkpoint import save_head
 from rollout.noise import acceptance_uniforms
 from rollout.records import HISTORY, SUFFIX, Past, Rollout, RolloutRequest, Source
 from tests.rollout.helpers import generate, make_requests, open_arguments, open_engines
+from tests.rollout.test_eagle import random_head
 
 TOKENS = 40
 EOS = 1
@@ -22,8 +25,6 @@ EOS = 1
 @pytest.fixture(scope="module")
 def nearby_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model` after a small update."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("nearby") / "model"
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
@@ -36,18 +37,27 @@ def nearby_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(model: Path, nearby_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A plain engine; and after an update a plain one, one with history alone, one with n-gram drafts beside it."""
+    """A plain engine; and after an update a plain one, one with history alone, and ones with other drafts behind it.
+
+    The one with an EAGLE head is short of memory and of tokens per step: prompts and drafts are computed in parts.
+    """
     folder = tmp_path_factory.mktemp("engines")
     history = {"mode": "coupled", "max_draft_tokens": 16}
     ngram = {"adaptive": "static", "max_draft_tokens": 4}
+    short = {"block_size": 32, "num_gpu_blocks_override": 16, "max_num_batched_tokens": 48}
+    head = folder / "head"
+    save_head(random_head(model, 0), head)
     arguments = [
         open_arguments(folder, model),
         open_arguments(folder, nearby_model),
         open_arguments(folder, nearby_model, history=history),
         open_arguments(folder, nearby_model, history=history, speculation=ngram),
+        open_arguments(
+            folder, nearby_model, short, str(head), history=history, speculation=ngram | {"drafters": ["eagle"]}
+        ),
     ]
     with open_engines(arguments) as actors:
-        yield dict(zip(("before", "plain", "history", "both"), actors, strict=True))
+        yield dict(zip(("before", "plain", "history", "ngram", "eagle"), actors, strict=True))
 
 
 def requests() -> list[RolloutRequest]:
@@ -85,7 +95,7 @@ def counts(engine: Any) -> Any:
     return ray.get(engine.take_speculation_counts.remote())
 
 
-@pytest.mark.parametrize("engine", ["history", "both"])
+@pytest.mark.parametrize("engine", ["history", "ngram", "eagle"])
 def test_coupled_reuse_emits_the_tokens_of_plain_decoding(
     engines: dict[str, Any], earlier: list[Rollout], expected: list[Rollout], engine: str
 ) -> None:
@@ -123,17 +133,18 @@ def test_another_seed_only_looks_at_the_past(engines: dict[str, Any], earlier: l
     assert Source.HISTORY not in {source for r in rollouts for source in r.sources}
 
 
+@pytest.mark.parametrize("engine", ["history", "eagle"])
 def test_endless_lenience_keeps_all_and_continues_what_was_cut(
-    engines: dict[str, Any], earlier: list[Rollout], expected: list[Rollout]
+    engines: dict[str, Any], earlier: list[Rollout], engine: str
 ) -> None:
     cut = [replace(old, token_ids=old.token_ids[:13], logprobs=old.logprobs[:13]) for old in earlier]
-    rollouts = generate(engines["history"], with_past(cut, lenience=float("inf")))
+    rollouts = generate(engines[engine], with_past(cut, lenience=float("inf")))
     for rollout, old in zip(rollouts, cut, strict=True):
         assert rollout.token_ids[: len(old.token_ids)] == old.token_ids
         assert rollout.sources[: len(old.token_ids)] == [Source.KEPT] * len(old.token_ids)
         assert Source.KEPT not in rollout.sources[len(old.token_ids) :]
         assert len(rollout.token_ids) == TOKENS or rollout.token_ids[-1] == EOS
-    whole = generate(engines["history"], with_past(earlier, lenience=float("inf")))
+    whole = generate(engines[engine], with_past(earlier, lenience=float("inf")))
     assert [r.token_ids for r in whole] == [r.token_ids for r in earlier]
     assert [r.finish_reason for r in whole] == [r.finish_reason for r in earlier]
     assert {source for r in whole for source in r.sources} == {Source.KEPT}

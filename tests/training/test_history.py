@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.schema import LenienceBudget
+from megatron_rl.config.history import LenienceBudget
 from megatron_rl.diversity import final_answer, group_diversity
 from megatron_rl.history import Drift, Lenience, Reuse
 from rollout.records import Rollout, RolloutRequest, Source
