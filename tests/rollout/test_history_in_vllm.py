@@ -150,6 +150,17 @@ def test_endless_lenience_keeps_all_and_continues_what_was_cut(
     assert {source for r in whole for source in r.sources} == {Source.KEPT}
 
 
+def test_a_shorter_limit_cuts_what_is_reused(engines: dict[str, Any], earlier: list[Rollout]) -> None:
+    for changes in ({"lenience": float("inf")}, {}):
+        for rollout, old in zip(
+            generate(engines["history"], with_past(earlier, max_tokens=7, **changes)), earlier, strict=True
+        ):
+            assert len(rollout.token_ids) == min(len(old.token_ids), 7)
+            assert len(rollout.logprobs) == len(rollout.sources) == len(rollout.token_ids)
+            assert not changes or rollout.token_ids == old.token_ids[:7]
+            assert rollout.finish_reason == ("stop" if rollout.token_ids[-1] == EOS else "length")
+
+
 def test_lenience_of_minus_infinity_keeps_nothing(
     engines: dict[str, Any], earlier: list[Rollout], expected: list[Rollout]
 ) -> None:
