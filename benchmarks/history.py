@@ -62,10 +62,10 @@ class Run:
         """A line of the table."""
         return {
             "history": name,
-            "tokens": self.tokens,
+            "tokens": round(self.tokens),
             "reused": 1 - self.generated / self.tokens,
-            "generated": self.generated,
-            "decode steps": self.decode_steps,
+            "generated": round(self.generated),
+            "decode steps": round(self.decode_steps),
             "rollout [s]": self.rollout_seconds,
             "all steps [s]": self.step_seconds,
             "distinct": self.distinct,
