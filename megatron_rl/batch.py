@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 
 from megatron_rl.models.attention import PackedSequences
-from rollout.records import Rollout
+from rollout.records import Rollout, Source
 
 
 @dataclass
@@ -23,16 +23,20 @@ class Batch:
     prompts: list[list[int]]
     responses: list[list[int]]
     values: dict[str, Float[torch.Tensor, "tokens"]] = field(default_factory=dict)
-    """Per-token values: rollout_logprobs, old_logprobs, ref_logprobs, advantages, importance, weights."""
+    """Per-token values: rollout_logprobs, reused (1 for tokens of an earlier response that the lenient rule kept, else
+    0), old_logprobs, ref_logprobs, advantages, importance, weights."""
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "Batch":
-        """The batch of `rollouts`, with their `rollout_logprobs`."""
+        """The batch of `rollouts`, with their `rollout_logprobs` and `reused`."""
+        reused = torch.tensor(
+            [source == Source.KEPT for rollout in rollouts for source in rollout.sources], dtype=torch.float32
+        )
         logprobs = torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32)
         return cls(
             [rollout.prompt_ids for rollout in rollouts],
             [rollout.token_ids for rollout in rollouts],
-            {"rollout_logprobs": logprobs},
+            {"rollout_logprobs": logprobs, "reused": reused},
         )
 
     @property

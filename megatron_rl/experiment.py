@@ -31,6 +31,7 @@ from rollout.records import Rollout
 
 Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
+HISTORY = "history"  # in checkpoints: earlier responses
 
 
 class Clock:
@@ -96,12 +97,18 @@ class Experiment:
             if start.resumed and (learned := load_driver_state(config.run_dir, start.resumed, SPECULATION)):
                 self.fleet.restore_speculation(learned)
             self.generator = Generator(config, start.tokenizer, self.fleet, self.console)
+            if start.resumed and (earlier := load_tensors(config.run_dir, start.resumed, HISTORY)):
+                self._restore_history(earlier)
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
         self.weight_sync = WeightSync(
             config, runtime, self.trainer.weights, environment.weight_sync, self.fleet, self.coordinator
         )
         self.weight_sync.sync(start.resumed)
         self.drafting = self._build_drafting(start.resumed) if config.rollout.speculation.uses_head else None
+
+    def _restore_history(self, state: dict[str, Any]) -> None:
+        if not self.generator.reuse.restore(state):
+            self.console.info("earlier responses are not reused: they were sampled with other options")
 
     def _build_drafting(self, resumed: int) -> Drafting:
         head = initial_head(self.config, frozen_policy(self.trainer.weights, self.trainer.vocab_limit))
@@ -159,7 +166,8 @@ class Experiment:
             return {}
         old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
         gap = mismatch_metrics(old, rollout)
-        correction = correct_mismatch(old, rollout, batch.lengths, self.config.algorithm.correction)
+        options = self.config.algorithm.correction
+        correction = correct_mismatch(old, rollout, batch.lengths, options, batch.values["reused"])
         seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
         sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
         metrics = {
@@ -192,7 +200,9 @@ class Experiment:
         """Checkpoint after `step`, whose metrics are already logged, and write the drafter's timeline."""
         start = time.perf_counter()
         learned = {SPECULATION: self.fleet.speculation_states()} if self.fleet is not None else None
-        tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else None
+        tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else {}
+        if self.runtime.is_driver and self.config.rollout.history.mode != "off":
+            tensors[HISTORY] = self.generator.reuse.state()
         save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned, tensors)
         if self.drafting is not None:
             self.drafting.timeline.write(Path(self.config.run_dir))

@@ -11,9 +11,11 @@ from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.data.order import PromptOrder, evaluation_seed, rollout_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
+from megatron_rl.diversity import group_diversity
+from megatron_rl.history import Reuse
 from megatron_rl.precision import generation_metrics
 from megatron_rl.rewards.score import ScoreItem, Scorer
-from megatron_rl.speculation import speculation_metrics
+from megatron_rl.speculation import drafter_names, speculation_metrics
 from rollout.fleet import RolloutFleet
 from rollout.records import Rollout, RolloutRequest
 
@@ -50,6 +52,8 @@ class Generator:
         self._heldout = {name: self._load_heldout(name) for name in data.eval}
         self._order = PromptOrder(len(self._prompts), config.train.prompts_per_step, data.seed)
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
+        self.reuse = Reuse(config)
+        """Earlier responses."""
         self.metrics: dict[str, float] = {}
         """What the last call measured."""
         self.watch: Watch = lambda rollouts, total: rollouts
@@ -79,17 +83,21 @@ class Generator:
         prompts = [prompt for prompt, _ in visits for _ in range(config.algorithm.group_size)]
         self._fleet.take_speculation_counts()  # those of an evaluation
         self._fleet.take_precision_counts()
+        requests = self.reuse.attach(requests)
         start = time.perf_counter()
         rollouts = self._generate("generating", requests, self.watch)
         seconds = time.perf_counter() - start
         asleep = self._let_sleep() if config.rollout.sleep else {}
-        rewards = self._score(rollouts, prompts)
+        texts = self._texts(rollouts)
+        rewards = self._score(rollouts, prompts, texts)
         self.metrics |= asleep | {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
         if len(set(config.rollout.precisions)) > 1:
-            counts = self._fleet.take_precision_counts()
-            self.metrics |= generation_metrics(rollouts, counts, config.rollout.precisions)
-        drafters = config.rollout.speculation.drafters
-        self.metrics |= speculation_metrics(rollouts, self._fleet.take_speculation_counts(), drafters)
+            precisions = self._fleet.take_precision_counts()
+            self.metrics |= generation_metrics(rollouts, precisions, config.rollout.precisions)
+        counts = self._fleet.take_speculation_counts()
+        self.metrics |= speculation_metrics(rollouts, counts, drafter_names(config.rollout))
+        self.metrics |= group_diversity(rollouts, texts, config.algorithm.group_size)
+        self.metrics |= self.reuse.finish_step(rollouts, rewards)
         return ScoredRollouts(rollouts, rewards)
 
     def _let_sleep(self) -> dict[str, float]:
@@ -127,7 +135,7 @@ class Generator:
             for prompt, sample in visits
         ]
         rollouts = self._generate(f"evaluating {name}", requests)
-        scores = self._score(rollouts, [prompt for prompt, _ in visits], penalize=False)
+        scores = self._score(rollouts, [prompt for prompt, _ in visits], self._texts(rollouts), penalize=False)
         return sum(score > 0 for score in scores) / len(scores)
 
     def _generate(self, phase_name: str, requests: list[RolloutRequest], watch: Watch | None = None) -> list[Rollout]:
@@ -143,9 +151,13 @@ class Generator:
                 phase.advance(note=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
         return [rollout for rollout in done if rollout is not None]
 
-    def _score(self, rollouts: list[Rollout], prompts: list[Prompt], penalize: bool = True) -> list[float]:
+    def _texts(self, rollouts: list[Rollout]) -> list[str]:
+        return self._tokenizer.batch_decode([rollout.token_ids for rollout in rollouts], skip_special_tokens=True)
+
+    def _score(
+        self, rollouts: list[Rollout], prompts: list[Prompt], texts: list[str], penalize: bool = True
+    ) -> list[float]:
         start = time.perf_counter()
-        texts = self._tokenizer.batch_decode([rollout.token_ids for rollout in rollouts], skip_special_tokens=True)
         items = [
             ScoreItem(
                 prompt=prompt.text,

@@ -18,6 +18,7 @@ Records = list[dict[str, float]]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#e08a1e", "#3a9a5b", "#c8423f", "#8a8f98"
 ARM_COLOURS = (GREY, "#9cc3e6", "#5b9bd5", BLUE, "#173f73", ORANGE, GREEN, RED)
+TOKEN_SOURCES = ("reused", "drafted", "generated")
 PHASES = (  # metric, name, colour; in the order of a step
     ("time/generate", "generate", "#2f6db5"),
     ("time/sleep", "falling asleep", "#b0b0b0"),
@@ -158,6 +159,20 @@ def speculation(records: Records, file: Path) -> bool:
         other.grid(visible=False)
         lines = [*axes.get_lines(), *other.get_lines()]
         axes.legend(lines, [str(line.get_label()) for line in lines], loc="best")
+    return True
+
+
+def history(records: Records, file: Path) -> bool:
+    """Response tokens per step by where they came from."""
+    found = {name: series(records, f"history/{name}_tokens") for name in TOKEN_SOURCES}
+    steps = found["reused"][0]
+    if not steps:
+        return False
+    with _figure(file, "training step", "tokens") as axes:
+        amounts = [found[name][1] for name in TOKEN_SOURCES]
+        axes.stackplot(steps, *amounts, labels=TOKEN_SOURCES, colors=(BLUE, "#9cc3e6", ORANGE))
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
     return True
 
 

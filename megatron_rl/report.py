@@ -33,6 +33,7 @@ SETTINGS = (
     "rollout.verify",
     "rollout.quantization",
     "rollout.precision_tail",
+    "rollout.history.mode",
     "rollout.speculation.adaptive",
     "rollout.speculation.max_draft_tokens",
     "reward.function",
@@ -45,6 +46,7 @@ PLOTS = (
     ("logprob_gap", "Log-probability gap between trainer and engine", plots.logprob_gap),
     ("time", "Time per phase", plots.time_per_phase),
     ("speculation", "Speculative decoding", plots.speculation),
+    ("history", "Reuse of earlier responses", plots.history),
     ("drafter", "Trained drafter", plots.drafter),
     ("idle", "Idle time for the drafter", plots.idle_time),
 )
@@ -98,7 +100,7 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
         times.add_row(*row)
     if times.row_count:
         terminal.print(times)
-    for line in (speculation_line(records), drafter_line(records)):
+    for line in (speculation_line(records), history_line(records), drafter_line(records)):
         if line:
             terminal.print(line, highlight=False)
 
@@ -112,6 +114,18 @@ def speculation_line(records: Records) -> str:
     return (
         f"Speculation: {sum(share) / len(share):.0%} of the generated tokens came from drafts, "
         f"{sum(accepted) / len(accepted):.2f} tokens per verification."
+    )
+
+
+def history_line(records: Records) -> str:
+    """What the reuse of earlier responses gave over the run, in one sentence; empty without it."""
+    totals = {name: sum(plots.series(records, f"history/{name}_tokens")[1]) for name in plots.TOKEN_SOURCES}
+    if not sum(totals.values()):
+        return ""
+    _, saved = plots.series(records, "saved/reuse_s")
+    return (
+        f"History: {totals['reused'] / sum(totals.values()):.0%} of the tokens were reused, "
+        f"about {sum(saved):.1f} s of generation saved."
     )
 
 
@@ -178,7 +192,7 @@ def _summary(records: Records) -> str:
     times = time_rows(records)
     if times:
         lines.append(_table(("phase", "total", "per step", "share"), times))
-    lines += [speculation_line(records), drafter_line(records)]
+    lines += [speculation_line(records), history_line(records), drafter_line(records)]
     return "\n\n".join(line for line in lines if line)
 
 

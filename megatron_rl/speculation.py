@@ -4,22 +4,29 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from megatron_rl.config.rollout import Rollout as RolloutOptions
 from rollout.adaptive import EAGLE
-from rollout.records import Rollout, Source, SpeculationCounts
+from rollout.records import HISTORY, SUFFIX, Rollout, Source, SpeculationCounts
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 
 
+def drafter_names(options: RolloutOptions) -> list[str]:
+    """The drafters that the section `rollout` asks for."""
+    drafters: list[str] = [*options.speculation.drafters] if options.speculation.adaptive != "off" else []
+    return drafters + ([HISTORY, SUFFIX] if options.history.mode != "off" else [])
+
+
 def speculation_metrics(
     rollouts: Sequence[Rollout], counts: Sequence[SpeculationCounts], drafters: Sequence[str]
 ) -> Metrics:
-    """`speculation/*` and `drafter/live_*` of `docs/metrics.md`; nothing without counts.
+    """`speculation/*`, `saved/*` and `drafter/live_*` of `docs/metrics.md`; nothing without counts.
 
     Args:
         rollouts: of the step.
         counts: of the same step, one per engine.
-        drafters: those of `rollout.speculation.drafters`.
+        drafters: those in use, see `drafter_names`.
     """
     if not counts:
         return {}
@@ -43,7 +50,22 @@ def speculation_metrics(
     chosen = sum((count.chosen for count in counts), start=Counter[tuple[int, str]]())
     for (bucket, arm), steps in sorted(chosen.items()):
         metrics[f"speculation/steps/batch_{bucket}/{arm}"] = float(steps)
+    metrics |= _savings(counts)
+    if HISTORY in drafters:
+        metrics["history/verify_seconds"] = sum(count.history_seconds for count in counts) / len(counts)
     return metrics | (_live_metrics(counts) if EAGLE in drafters else {})
+
+
+def _savings(counts: Sequence[SpeculationCounts]) -> Metrics:
+    """Seconds that accepted tokens saved, mean over the engines."""
+    reuse = drafting = 0.0
+    for count in counts:
+        for drafter, seconds in count.saved_by.items():
+            if drafter in (HISTORY, SUFFIX):
+                reuse += seconds
+            else:
+                drafting += seconds
+    return {"saved/reuse_s": reuse / len(counts), "saved/drafting_s": drafting / len(counts)}
 
 
 def _live_metrics(counts: Sequence[SpeculationCounts]) -> Metrics:

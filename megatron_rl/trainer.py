@@ -229,6 +229,7 @@ class Trainer(Policy):
                 minibatch.values["rollout_logprobs"],
                 minibatch.lengths,
                 algorithm.correction,
+                minibatch.values.get("reused"),
             )
             weights = token_weights(minibatch.lengths, algorithm.aggregation, correction.kept)
             minibatch = with_values(minibatch, importance=correction.weights, weights=weights)

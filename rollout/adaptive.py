@@ -117,7 +117,9 @@ def make_arms(drafters: Sequence[str], max_draft_tokens: int) -> list[Arm]:
 
 
 def make_controller(kind: str, drafters: Sequence[str], max_draft_tokens: int, seed: int = 0) -> Controller:
-    """The controller of `rollout.speculation.adaptive`: static, beg or model. Raises ConfigError, see `make_arms`."""
+    """The controller of `rollout.speculation.adaptive`. Raises ConfigError, see `make_arms`."""
+    if kind == "off":
+        return StaticController(PLAIN)
     arms = make_arms(drafters, max_draft_tokens)
     if kind == "static":
         return StaticController(Arm(drafters[0], max_draft_tokens))

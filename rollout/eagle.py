@@ -48,7 +48,6 @@ def head_arguments(config: Config, folder: str | None) -> dict[str, Any]:
     return {
         "method": kind,
         "model": folder,
-        "num_speculative_tokens": config.rollout.speculation.max_draft_tokens,
         # The policy may start with random weights, which the trainer replaces; nobody replaces the head's.
         "draft_load_config": {"load_format": "auto"},
     }

@@ -13,7 +13,16 @@ from rollout.checksum import combine
 from rollout.eagle import head_arguments
 from rollout.head_weights import PackedHead
 from rollout.quantization import quantization_arguments
-from rollout.records import GROUP_KEY, SEED_KEY, SPECULATION_KEY, Rollout, RolloutRequest, Source
+from rollout.records import (
+    GROUP_KEY,
+    LENIENCE_KEY,
+    PAST_KEY,
+    SEED_KEY,
+    SPECULATION_KEY,
+    Rollout,
+    RolloutRequest,
+    Source,
+)
 from rollout.vllm_options import check_sampling_options, check_vllm_options
 
 if TYPE_CHECKING:
@@ -79,22 +88,23 @@ def engine_arguments(
 
 
 def _speculation_arguments(config: Config, drafter_path: str | None) -> dict[str, Any]:
-    speculation = config.rollout.speculation
-    if speculation.adaptive == "off":
+    speculation, history = config.rollout.speculation, config.rollout.history
+    drafts, reuses = speculation.adaptive != "off", history.mode != "off"
+    if not drafts and not reuses:
         return {}
-    no_head = {
-        "method": "custom_class",
-        "model": "rollout.no_drafts.NoDrafts",
-        "num_speculative_tokens": speculation.max_draft_tokens,
-    }
+    drafter = {"method": "custom_class", "model": "rollout.no_drafts.NoDrafts"}
+    if speculation.uses_head:
+        drafter = head_arguments(config, drafter_path)
+    longest = max(speculation.max_draft_tokens if drafts else 0, history.max_draft_tokens if reuses else 0)
     return {
-        "speculative_config": head_arguments(config, drafter_path) if EAGLE in speculation.drafters else no_head,
+        "speculative_config": drafter | {"num_speculative_tokens": longest},
         "scheduler_cls": "rollout.scheduler.SpeculativeScheduler",
         "async_scheduling": False,
         "additional_config": {
             SPECULATION_KEY: {
                 "adaptive": speculation.adaptive,
-                "drafters": speculation.drafters,
+                "drafters": speculation.drafters if drafts else [],
+                "history_tokens": history.max_draft_tokens if reuses else 0,
                 "max_draft_tokens": speculation.max_draft_tokens,
                 "max_bytes": speculation.memory_mb * 2**20,
                 "seed": config.train.seed,
@@ -180,7 +190,7 @@ class RolloutEngine:
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={GROUP_KEY: request.prompt_id} | ({SEED_KEY: request.seed} if self._coupled else {}),
+                extra_args=self._extra_arguments(request),
                 **self._sampling_after(len(request.begun)),
             )
             self._submitted += 1
@@ -217,6 +227,12 @@ class RolloutEngine:
         """Take back the memory of one part: `weights`, then, after a weight update, `kv_cache`."""
         self._llm.wake_up([part])
 
+    def _extra_arguments(self, request: RolloutRequest) -> dict[str, Any]:
+        seed = {SEED_KEY: request.seed} if self._coupled else {}
+        past = {PAST_KEY: request.past} if request.past is not None else {}
+        lenience = {LENIENCE_KEY: request.lenience} if request.lenience is not None else {}
+        return {GROUP_KEY: request.prompt_id} | seed | past | lenience
+
     def _check(self, request: RolloutRequest) -> None:
         model = self._llm.model_config
         name = f"request {request.sample_index} of prompt {request.prompt_id!r}"
@@ -252,9 +268,7 @@ class RolloutEngine:
         internal_name = self._internal_names.pop(output.request_id)
         sources = [Source.FRESH] * len(tokens)
         if self._speculates:
-            for place in self._scheduler.take_accepted(internal_name):
-                if place < len(tokens):  # drafts may reach past a stop token
-                    sources[place] = Source.DRAFT
+            sources = self._scheduler.take_sources(internal_name, len(tokens))
         return Rollout(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
@@ -331,7 +345,7 @@ class RolloutEngine:
         self._llm.abort_request(list(self._running))
         if self._speculates:
             for name in self._running:
-                self._scheduler.take_accepted(self._internal_names[name])
+                self._scheduler.take_sources(self._internal_names[name], 0)
         self._running.clear()
         self._internal_names.clear()
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
-from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, join, key_of
+from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, go_on, join, key_of
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class RolloutFleet:
         self._counts.discarded += tail.discarded
         yield from complete
         beginnings = {key_of(rollout): rollout for rollout in begun}
-        rest = [replace(asked[key], begun=rollout.token_ids) for key, rollout in beginnings.items()]
+        rest = [go_on(asked[key], rollout) for key, rollout in beginnings.items()]
         with closing(self._run(deal(rest, ["none"]))) as rollouts:
             for rollout in rollouts:
                 yield join(beginnings[key_of(rollout)], rollout)

@@ -5,7 +5,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from rollout.records import Rollout, RolloutRequest
+from rollout.records import Rollout, RolloutRequest, Source
 
 RequestKey = tuple[str, int, int]  # prompt id, sample index, epoch: a step may straddle two epochs
 Backlog = dict[str, deque[list[RolloutRequest]]]  # precision -> the requests of one prompt, of the next one, ...
@@ -99,6 +99,20 @@ def _head(rollout: Rollout, length: int) -> Rollout:
         sources=rollout.sources[:length],
         precisions=[(precision, length)],
     )
+
+
+def go_on(request: RolloutRequest, begun: Rollout) -> RolloutRequest:
+    """What is left of a request whose response has begun elsewhere.
+
+    Of the sample's earlier response, what comes after the tokens that it has in common with the new one: none where it
+    differs already.
+    """
+    past, length = request.past, len(begun.token_ids)
+    if past is not None and all(source in (Source.HISTORY, Source.KEPT) for source in begun.sources):
+        past = replace(past, token_ids=past.token_ids[length:], logprobs=past.logprobs[length:])
+    else:
+        past = None
+    return replace(request, begun=begun.token_ids, past=past)
 
 
 def join(begun: Rollout, rest: Rollout) -> Rollout:

@@ -1,22 +1,39 @@
 """What goes into the fleet and what comes out of it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 # Keys of SamplingParams.extra_args.
 SEED_KEY = "seed"  # decides the noise; a request that carries it takes part in coupled sampling
 GROUP_KEY = "group"  # requests of one group are samples of one prompt
+PAST_KEY = "past"  # a `Past`: an earlier response to draft from
+LENIENCE_KEY = "lenience"  # that response is kept by the lenient rule; without it, by the coupled one
+# Drafters of earlier responses, beside those of `rollout.adaptive`: the sample's own, and what they all have in common.
+HISTORY, SUFFIX = "history", "suffix"
 # Key of vLLM's additional_config: what `rollout.scheduler` is to do.
 SPECULATION_KEY = "megatron_rl_speculation"
 
 
 class Source(IntEnum):
-    """Where a token came from. It never changes what the token is; it tells what speculation saved."""
+    """Where a token came from. All but KEPT are exact samples of the policy, and so tell only what was saved."""
 
     FRESH = 0  # sampled by the engine
     DRAFT = 1  # proposed by a drafter and verified
-    HISTORY = 2  # proposed by an earlier epoch's response and verified
+    HISTORY = 2  # what the sample's earlier response has at this place, and so all before it; verified
+    KEPT = 3  # the same, by the lenient rule: no sample of the policy
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """A sample's earlier response to the same prompt."""
+
+    token_ids: NDArray[np.int32]  # [tokens]
+    logprobs: NDArray[np.float32]  # [tokens]: the engine's, when it was generated
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class RolloutRequest:
     temperature: float  # 0 means greedy
     ignore_eos: bool = False  # go on to max_tokens: for benchmarks of a given length
     begun: list[int] = field(default_factory=list)  # tokens of the response that another engine has sampled
+    past: Past | None = None  # what to draft from; with the same seed, or a lenience, it is expected to come again
+    lenience: float | None = None  # keep `past` by the lenient rule of `rollout.verify`, up to its first rejection
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,10 @@ class SpeculationCounts:
     """Drafter -> draft tokens verified."""
     accepted_by: Counter[str] = field(default_factory=Counter)
     """Drafter -> draft tokens accepted."""
+    saved_by: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Drafter -> seconds that its accepted tokens saved; below 0 where its drafts cost more than they brought."""
+    history_seconds: float = 0.0
+    """Seconds of the steps that verified earlier responses, by these drafts' share of the rows."""
     tried_at: Counter[int] = field(default_factory=Counter)
     """EAGLE, place in the draft (from 0) -> drafts that were accepted up to there, and so put this place to the test.
 

@@ -30,8 +30,10 @@ from rollout.adaptive import (
     make_controller,
 )
 from rollout.eagle import HeadDrafts
+from rollout.history_drafts import HistoryDrafts
 from rollout.ngram import Drafts, NgramDrafter
-from rollout.records import GROUP_KEY, SPECULATION_KEY, SpeculationCounts
+from rollout.records import GROUP_KEY, HISTORY, SPECULATION_KEY, Source, SpeculationCounts
+from rollout.step_cost import StepCost
 
 TIMELINE_STEPS = 4096
 # Where drafts do not pay, making and weighing them would be all they cost: after so many steps without one, they are
@@ -48,19 +50,30 @@ class _Running:
     scheduled: SchedulerOutput
     drafts: dict[str, int]  # request id -> draft tokens
     pure: bool  # every request decodes: no prompt is computed
-    accepted: int = 0
+    from_history: dict[str, str]  # request id -> drafter, for those that draft from earlier responses
+    accepted_by: Counter[str] = field(default_factory=Counter)
     tried_at: list[int] = field(default_factory=list)  # see `rollout.adaptive.Step`
     accepted_at: list[int] = field(default_factory=list)
 
     def verified(self, request_id: str, accepted: int) -> None:
         """So many of a request's drafts were accepted."""
-        self.accepted += accepted
+        drafter = self.from_history.get(request_id, self.arm.drafter)
+        self.accepted_by[drafter] += accepted
+        if drafter != self.arm.drafter:
+            return
         for place in range(min(accepted + 1, self.drafts.get(request_id, 0))):
             if place == len(self.tried_at):
                 self.tried_at.append(0)
                 self.accepted_at.append(0)
             self.tried_at[place] += 1
             self.accepted_at[place] += place < accepted
+
+    def drafted_by(self) -> Counter[str]:
+        """Drafter -> draft tokens."""
+        drafted: Counter[str] = Counter()
+        for name, count in self.drafts.items():
+            drafted[self.from_history.get(name, self.arm.drafter)] += count
+        return drafted
 
 
 class Rest:
@@ -95,6 +108,9 @@ class SpeculativeScheduler(Scheduler):
         self._controllers: dict[tuple[str, int, tuple[str, ...]], Controller] = {}
         self._settings: dict[str, Any] = self.vllm_config.additional_config[SPECULATION_KEY]
         self._head = HeadDrafts()
+        self._history = HistoryDrafts(self._settings["history_tokens"], self._settings["max_bytes"])
+        self._from_history: dict[str, str] = {}  # in the step under way: request id -> drafter
+        self._cost = StepCost()
         self.set_speculation(self._settings["adaptive"], self._settings["max_draft_tokens"])
         self._numbers: dict[str, int] = {}  # request id -> number in the drafter
         self._told: dict[str, int] = {}  # request id -> output tokens that the drafter knows of
@@ -131,17 +147,25 @@ class SpeculativeScheduler(Scheduler):
         extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
         group = str(extra.get(GROUP_KEY, request.request_id))
         self._ngram.start(self._started, group, request.prompt_token_ids or [])
+        self._history.start(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.request_id in self._numbers:
             self._tell([request])
             del self._told[request.request_id]
             self._ngram.finish(self._numbers.pop(request.request_id))
+            self._history.finish(request)
         return super()._free_request(request, *args, **kwargs)
 
-    def take_accepted(self, request_id: str) -> list[int]:
-        """Places in a finished request's output whose tokens were drafts; forgets them."""
-        return self._accepted.pop(request_id, [])
+    def take_sources(self, request_id: str, tokens: int) -> list[Source]:
+        """Where the tokens of a finished request came from; forgets it."""
+        sources = [Source.FRESH] * tokens
+        for place in self._accepted.pop(request_id, []):
+            if place < tokens:  # drafts may reach past a stop token
+                sources[place] = Source.DRAFT
+        kept, source = self._history.take_kept(request_id)
+        sources[:kept] = [source] * min(kept, tokens)
+        return sources
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         started = time.perf_counter()
@@ -155,13 +179,19 @@ class SpeculativeScheduler(Scheduler):
         pure = not scheduled.scheduled_new_reqs and all(
             tokens == 1 + drafts.get(name, 0) for name, tokens in scheduled.num_scheduled_tokens.items()
         )
-        self._under_way = _Running(arm, started, scheduled, drafts, pure)
+        self._under_way = _Running(arm, started, scheduled, drafts, pure, self._from_history)
+        scheduled.judged = self._history.judged(scheduled, self.requests)  # for `vllm_patch`, in the workers
         return scheduled
 
     def _propose(self) -> Arm:
         """Give each decoding request its draft; returns the arm that was chosen."""
         offered = self._head.take()
         ready = [request for request in self.running if not request.is_prefill_chunk]
+        self._from_history = self._hand_out_history(ready)
+        if self._from_history:
+            ready = [request for request in ready if request.request_id not in self._from_history]
+            if not ready:
+                return PLAIN
         batch = len(ready)
         if EAGLE in self._drafters and not ready:  # whether the head is to see the prompts, and draft after them
             batch = min(len(self.requests), self.max_num_running_reqs)
@@ -216,8 +246,18 @@ class SpeculativeScheduler(Scheduler):
         self._head.primed = None if any(drafts) or (ready and self._head.primed) else arm
         self._hand_out(ready, drafts, arm.k)
 
+    def _hand_out_history(self, ready: list[Request]) -> dict[str, str]:
+        """Give those with an earlier response their drafts; returns their drafters."""
+        drafts = self._history.propose(ready, self._room, self._cost.threshold(max(len(ready), 1)))
+        share = max(self.max_num_scheduled_tokens - len(self.running), 0) // max(len(drafts), 1)
+        for request in ready:
+            if request.request_id in drafts:
+                request.spec_token_ids = drafts[request.request_id][1][:share]
+        return {name: drafter for name, (drafter, _) in drafts.items()}
+
     def _hand_out(self, requests: list[Request], drafts: list[list[int]], k: int) -> None:
-        budget = max(self.max_num_scheduled_tokens - len(requests), 0)
+        from_history = sum(len(request.spec_token_ids) for request in self.running)
+        budget = max(self.max_num_scheduled_tokens - len(requests) - from_history, 0)
         for request, draft in zip(requests, drafts, strict=True):
             request.spec_token_ids = draft[: min(k, budget)]
             budget -= len(request.spec_token_ids)
@@ -260,6 +300,7 @@ class SpeculativeScheduler(Scheduler):
         under_way, self._under_way = self._under_way, None
         sampled = output.sampled_token_ids
         emitted = sum(map(len, sampled))
+        self._learn_history(scheduler_output, output)
         for name in scheduler_output.scheduled_spec_decode_tokens:
             new = len(sampled[output.req_id_to_index[name]])
             if new and name in self._accepted:
@@ -275,6 +316,15 @@ class SpeculativeScheduler(Scheduler):
                 self._measure(time.perf_counter())  # the next step may be long in coming
         return outputs
 
+    def _learn_history(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        for name, index in output.req_id_to_index.items():
+            tokens = output.sampled_token_ids[index]
+            if tokens and name in self._history:
+                drafted = len(scheduled.scheduled_spec_decode_tokens.get(name, ()))
+                assert output.logprobs is not None  # every request of ours asks for them
+                marks = output.logprobs.slice_request(index, len(tokens)).sampled_token_ranks
+                self._history.verified(self.requests[name], drafted, tokens, bool(marks[-1]))
+
     def _measure(self, now: float) -> None:
         """The last step ends where this one begins, so that all the engine does for a step is counted."""
         if self._last is None:
@@ -287,6 +337,8 @@ class SpeculativeScheduler(Scheduler):
         # A step in which the head only drafts for the next one costs more than a plain one.
         primes = step.arm.drafter == EAGLE and not drafted
         if step.pure and emitted and not primes:
+            self._cost.observe(batch, drafted, seconds)
+        if step.pure and emitted and not primes and not step.from_history:
             # What n-gram drafts expect is told by their own chances.
             places = (tuple(step.tried_at), tuple(step.accepted_at)) if step.arm.drafter == EAGLE else ((), ())
             self.controller.observe(Step(step.arm, batch, drafted, emitted, seconds, *places))
@@ -295,13 +347,19 @@ class SpeculativeScheduler(Scheduler):
         counts = self.counts
         counts.steps += 1
         counts.verifications += batch
+        accepted = step.accepted_by.total()
         counts.drafted += drafted
-        counts.accepted += step.accepted
+        counts.accepted += accepted
         counts.emitted += emitted
         counts.seconds += seconds
         if drafted:
-            counts.drafted_by[step.arm.drafter] += drafted
-            counts.accepted_by[step.arm.drafter] += step.accepted
+            drafted_by, saved = step.drafted_by(), self._cost.saved(batch, emitted, seconds) if step.pure else 0.0
+            counts.drafted_by += drafted_by
+            counts.accepted_by += step.accepted_by
+            for drafter, tokens in drafted_by.items():
+                share = step.accepted_by[drafter] / accepted if accepted else tokens / drafted
+                counts.saved_by[drafter] += saved * share
+            counts.history_seconds += seconds * drafted_by[HISTORY] / (batch + drafted)
         if step.arm.drafter == EAGLE:
             counts.tried_at.update(dict(enumerate(step.tried_at)))
             counts.accepted_at.update(dict(enumerate(step.accepted_at)))

@@ -19,10 +19,10 @@ _RESERVED = {
     "quantization": "set rollout.quantization",
     "quantization_config": "set rollout.quantization and rollout.quantization_skip",
     "enable_sleep_mode": "set rollout.sleep",
-    "speculative_config": "set rollout.speculation",
-    "scheduler_cls": "it is used for rollout.speculation",
-    "additional_config": "it is used for rollout.speculation",
-    "async_scheduling": "drafts are made between steps, so it is off whenever rollout.speculation is on",
+    "speculative_config": "set rollout.speculation or rollout.history",
+    "scheduler_cls": "it is used for rollout.speculation and rollout.history",
+    "additional_config": "it is used for rollout.speculation and rollout.history",
+    "async_scheduling": "drafts are made between steps, so it is off with rollout.speculation and rollout.history",
 }
 
 

@@ -8,7 +8,8 @@ four for engines of others (at the end):
   uninitialised there, which gives drafts the wrong temperature.
 - `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft, unless
   an EAGLE head is to draft after it. And no length is too long for the head: vLLM would hand out drafts of zeros to all
-  requests as soon as one is near its end, although positions past the end are taken care of.
+  requests as soon as one is near its end, although positions past the end are taken care of. And what the scheduler
+  asks to be judged by the lenient rule (`rollout.lenient`) is taken along to `_sample`.
 - `GPUModelRunner.propose_draft_token_ids`: where the scheduler lets the EAGLE head rest (`eagle.RESTS`), it does not
   run. With K = 0, vLLM's own way, it would still make its first pass, to keep its keys and values complete.
 - `SpecDecodeBaseProposer._maybe_share_embeddings`, `_maybe_share_lm_head`: the head always reads the policy's
@@ -48,6 +49,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from rollout import eagle
 from rollout.constraints import Asked, Rows, asks_for_constraints, constrain, is_greedy, refuse_unsupported
+from rollout.lenient import Judged, verify_leniently
 from rollout.no_drafts import NoDrafts
 from rollout.records import SEED_KEY, SPECULATION_KEY
 from rollout.verify import verify_tokens
@@ -55,6 +57,7 @@ from rollout.verify import verify_tokens
 TESTED_VERSIONS = ("0.32.0",)
 PROFILE = "MEGATRON_RL_PROFILE"
 DRAFT_NOISE = "_megatron_rl_draft_noise"  # attribute of a proposer
+JUDGED = "_megatron_rl_judged"  # attribute of a model runner: request id -> what the lenient rule has to decide
 
 
 class VerifyClock:
@@ -186,6 +189,7 @@ def _replace_execute_model() -> None:
             plain = _head_rests(runner, scheduler_output) and not scheduler_output.scheduled_spec_decode_tokens
             runner.speculative_config = None if plain else runner.vllm_config.speculative_config
             runner.effective_drafter_max_model_len = sys.maxsize
+            setattr(runner, JUDGED, getattr(scheduler_output, "judged", {}))
         return stock_execute_model(runner, scheduler_output, *args, **kwargs)
 
     GPUModelRunner.execute_model = execute_model
@@ -300,18 +304,22 @@ def _coupled(
         rows = Rows.of([part.tolist() for part in split], logits.device)
         logits = constrain(logits, metadata, asked, rows, vocab_limit)
         drawn_at = torch.where(temperature == 0, 0.0, 1.0)  # the logits are already divided by it
+    arguments = logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
+    judged: dict[str, Judged] = getattr(runner, JUDGED, {})
     with verify_clock:
-        tokens, emitted, logprobs = verify_tokens(
-            logits[:, :vocab_limit], cu_rows, draft_ids, drawn_at, seeds, positions, max_rows
-        )
+        if judged:
+            by_request = [judged.get(request) for request in runner.input_batch.req_ids]
+            (tokens, emitted, logprobs), marks = verify_leniently(by_request, *arguments, counts)
+        else:
+            tokens, emitted, logprobs = verify_tokens(*arguments)
+            marks = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device)
     _set_draft_noise(runner, DraftNoise(seeds, temperature, positions + emitted, vocab_limit))
-    return SamplerOutput(tokens, _logprobs_tensors(tokens, logprobs))
+    return SamplerOutput(tokens, _logprobs_tensors(tokens, logprobs, marks))
 
 
-def _logprobs_tensors(tokens: Tensor, logprobs: Tensor) -> LogprobsTensors:
-    flat = tokens.reshape(-1)
-    ranks = torch.zeros(len(flat), dtype=torch.int64, device=tokens.device)  # vLLM wants ranks; nobody here reads them
-    return LogprobsTensors(flat.clamp(min=0)[:, None], logprobs.reshape(-1, 1), ranks)
+def _logprobs_tensors(tokens: Tensor, logprobs: Tensor, marks: Tensor) -> LogprobsTensors:
+    """vLLM wants the tokens' ranks, which nobody here reads: their place is used to tell the scheduler the marks."""
+    return LogprobsTensors(tokens.reshape(-1, 1).clamp(min=0), logprobs.reshape(-1, 1), marks.reshape(-1))
 
 
 _stock_validate_spec_decode = SamplingParams._validate_spec_decode

@@ -48,6 +48,16 @@ def test_a_skipped_update_is_noted_with_its_key() -> None:
     assert ["algorithm.correction" in line for line in out.getvalue().splitlines()] == [False, False, True]
 
 
+def test_what_reuse_and_drafting_saved_is_noted_where_it_is_worth_it() -> None:
+    console, out = make(False)
+    console.step(1, 9, METRICS)
+    console.step(2, 9, METRICS | {"saved/reuse_s": 0.02, "saved/drafting_s": 0.0})
+    console.step(3, 9, METRICS | {"saved/reuse_s": 1.26, "saved/drafting_s": -0.3})
+    plain, small, both = out.getvalue().splitlines()[1:]
+    assert "saved" not in plain + small
+    assert both.endswith("  saved: reuse 1.3 s, drafting -0.3 s")
+
+
 def test_a_value_that_is_not_a_number_does_not_break_the_row() -> None:
     console, out = make(False)
     console.step(1, 9, {"reward/mean": math.nan, "optim/grad_norm": math.inf})

@@ -12,7 +12,15 @@ from rich.console import Console as Terminal
 from drafter.timeline import Span, write_trace
 from megatron_rl.metrics import METRICS_FILE
 from megatron_rl.plots import publications, speculation_timeline
-from megatron_rl.report import accuracy_rows, drafter_line, print_summary, speculation_line, time_rows, write_report
+from megatron_rl.report import (
+    accuracy_rows,
+    drafter_line,
+    history_line,
+    print_summary,
+    speculation_line,
+    time_rows,
+    write_report,
+)
 
 EVAL = "eval/arithmetic-heldout/greedy_accuracy"
 
@@ -36,6 +44,8 @@ def full_run() -> list[dict]:
         }
         record |= {"drafter/bubble_available_s": 2.0, "drafter/bubble_filled_s": 1.0, "drafter/version": step // 2}
         record |= {"drafter/tail_available_s": 3.0 * (step > 1), "drafter/tail_filled_s": 2.0 * (step > 1)}
+        record |= {"history/reused_tokens": 60.0, "history/drafted_tokens": 10.0, "history/generated_tokens": 30.0}
+        record |= {"saved/reuse_s": 1.25}
         record |= {"time/generate": 2.0, "time/update": 1.0, "time/step": 4.0}
         records.append(record)
     records[-1][EVAL] = 0.75
@@ -52,7 +62,7 @@ def test_the_report_has_tables_and_readable_plots(tmp_path: Path) -> None:
     assert "| generate | 8.0 s | 2.00 s | 50% |" in text
     assert "| `train.lr` | 0.5 |" in text
     assert "Not shown" not in text
-    for name in ("reward", "accuracy", "length", "logprob_gap", "time", "speculation", "drafter", "idle"):
+    for name in ("reward", "accuracy", "length", "logprob_gap", "time", "speculation", "history", "drafter", "idle"):
         assert f"(report-{name}.png)" in text
         image = matplotlib.image.imread(tmp_path / f"report-{name}.png")
         assert image.shape[1] > 600
@@ -113,6 +123,13 @@ def test_speculation_is_one_sentence(tmp_path: Path) -> None:
     sentence = "25% of the generated tokens came from drafts, 1.50 tokens per verification."
     assert sentence in write_report(tmp_path).read_text()
     assert speculation_line([{"step": 1.0}]) == ""
+
+
+def test_history_is_one_sentence(tmp_path: Path) -> None:
+    write_run(tmp_path, full_run())
+    sentence = "History: 60% of the tokens were reused, about 5.0 s of generation saved."
+    assert sentence in write_report(tmp_path).read_text()
+    assert history_line([{"step": 1.0}]) == ""
 
 
 def test_the_drafter_is_one_sentence(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def correct_mismatch(
     rollout: Float[Tensor, "tokens"],
     lengths: Int[Tensor, "batch"],
     correction: Correction,
+    reused: Float[Tensor, "tokens"] | None = None,
 ) -> TokenCorrection:
     """Importance weights and rejections for one mini-batch, whole: `normalize` averages over all of it.
 
@@ -53,6 +54,9 @@ def correct_mismatch(
     - mask: the weight is `w`, and what lies outside [floor, cap] is rejected (IcePop, arXiv 2510.18855; sequence and
       geometric: Liu et al., "When speed kills stability", 2025);
     - veto: a response with a token whose ratio is below it is rejected whole, whatever the kind;
+    - reused: tokens that the lenient rule kept of an earlier response are no samples of the engine's policy, so their
+      ratio is only what it is for a fresh token. With mask and leave it counts as 1 in every product, mean and bound,
+      and with mask these tokens are rejected;
     - normalize: weights are divided by their mean, after truncation, over what is kept: over tokens at level token,
       over responses otherwise.
 
@@ -61,11 +65,15 @@ def correct_mismatch(
         rollout: the engine's log-probs, of the distribution that was sampled.
         lengths: response lengths; they sum up to `tokens`.
         correction: the section `algorithm.correction`.
+        reused: 1 for the tokens that the lenient rule kept, 0 for all others; None: there are none.
 
     Returns:
         Weights in the dtype of `old`, and the masks.
     """
     log_ratio = (old.double() - rollout.double()).detach()
+    from_history = torch.zeros_like(old, dtype=torch.bool) if reused is None else reused > 0
+    if correction.reused != "correct":
+        log_ratio = log_ratio.masked_fill(from_history, 0.0)
     response = torch.arange(len(lengths)).repeat_interleave(lengths)
     ratio = safe_exp(_at_level(log_ratio, response, lengths, correction.level))
     vetoed = torch.zeros(len(lengths), dtype=torch.bool)
@@ -80,6 +88,9 @@ def correct_mismatch(
         kept &= (ratio >= (correction.floor or 0.0)) & (ratio <= correction.cap)
     else:
         ratio = torch.ones_like(ratio)
+    if correction.reused == "mask":
+        kept &= ~from_history
+        clipped &= kept
     if correction.normalize and kept.any():
         # Each token at level token, each response otherwise, counts once.
         count = torch.ones_like(ratio) if correction.level == "token" else 1.0 / lengths[response].double()

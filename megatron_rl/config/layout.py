@@ -1,6 +1,7 @@
 """Checks across keys, and against the model's own `config.json`, made before any process group or engine starts."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def check_sections(config: "Config") -> None:
         )
     _check_quantization(config)
     _check_sleep(rollout)
+    _check_history(config)
     penalty = config.reward.length_penalty
     if penalty is not None and penalty.start >= rollout.max_tokens:
         raise ConfigError(
@@ -76,6 +78,34 @@ def _check_correction(correction: "Correction") -> None:
         raise ConfigError(
             "algorithm.correction.normalize=true has no meaning with algorithm.correction.kind=none; "
             "set it to false or kind to tis or mask."
+        )
+
+
+def _check_history(config: "Config") -> None:
+    history, verify = config.rollout.history, config.rollout.verify
+    if history.mode != "off" and verify != "coupled":
+        raise ConfigError(
+            f"rollout.history.mode={history.mode} needs rollout.verify=coupled, not {verify}; set one of them to its "
+            "default."
+        )
+    if math.isnan(history.lenience):
+        raise ConfigError("rollout.history.lenience must be a number; .inf keeps all tokens, -.inf none.")
+    if history.budget is None:
+        return
+    if history.mode != "lenient":
+        raise ConfigError(
+            f"rollout.history.budget has no meaning with rollout.history.mode={history.mode}; set it to null, or mode "
+            "to lenient."
+        )
+    if history.budget.measure == "ess" and history.budget.target >= 1:
+        raise ConfigError(
+            f"rollout.history.budget.target={history.budget.target} must be below 1 with measure=ess: a share of the "
+            "kept tokens."
+        )
+    if math.isinf(history.lenience):
+        raise ConfigError(
+            f"rollout.history.lenience={history.lenience} is no place for rollout.history.budget to start from; set it "
+            "to a finite number such as 0.5."
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.history import History
 from megatron_rl.config.section import Section
 
 Quantization = Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"]
@@ -60,6 +61,8 @@ class Rollout(Section):
     the same with any drafts; rejection: by vLLM's own rule, for comparison."""
     speculation: Speculation = Speculation()
     """Drafts that the engines verify."""
+    history: History = History()
+    """Reuse of the responses of earlier epochs."""
     quantization: Quantization | list[Quantization] = "none"
     """Precision of the linear layers' weights and activations in the engines, quantized anew at every sync. int8: a
     scale per output channel and per token; fp8 (GPUs): scales per tensor, per channel, or per block of 128 x 128. Or a

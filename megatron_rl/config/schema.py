@@ -154,6 +154,9 @@ class Correction(Section):
     """Reject every response that has a token with a ratio below this, such as 1e-4, whatever the kind; null: none."""
     normalize: bool = False
     """Divide the weights by their mean over the mini-batch."""
+    reused: Literal["correct", "mask", "leave"] = "correct"
+    """Tokens that `rollout.history.mode=lenient` kept of earlier responses. correct: as fresh ones, by the current
+    engine's log-probs; mask: no training on them; leave: their ratio counts as 1."""
 
 
 class Algorithm(Section):

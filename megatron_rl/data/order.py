@@ -47,6 +47,11 @@ def evaluation_seed(run_seed: int, step: int, prompt_id: str, sample_index: int)
     return _stable_hash("evaluation", run_seed, step, prompt_id, sample_index)
 
 
+def is_refreshed(run_seed: int, epoch: int, prompt_id: str, sample_index: int, rate: float) -> bool:
+    """Whether this sample is among the share `rate` whose earlier response is not to be reused in this epoch."""
+    return _stable_hash("refresh", run_seed, epoch, prompt_id, sample_index) < rate * 2**63
+
+
 def _stable_hash(*parts: str | int) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

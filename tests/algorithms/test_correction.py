@@ -158,3 +158,31 @@ def test_tiny_differences_do_not_drown_in_float32_rounding():
 
 def test_no_tokens_are_no_mismatch():
     assert mismatch_metrics(torch.empty(0), torch.empty(0))["ess"] == 1.0
+
+
+# Of the first response the second token was kept from history, of the second one the first two.
+REUSED = torch.tensor([0.0, 1, 1, 1, 0, 0])
+REUSED_EXPECTED = {
+    ("token-tis", "correct"): [2, 0.5, 2.5, 1, 1.5, 0.25],
+    ("token-tis", "leave"): [2, 1, 1, 1, 1.5, 0.25],
+    ("token-tis", "mask"): [2, 0, 0, 0, 1.5, 0.25],
+    ("sequence-tis", "correct"): [1, 1, 2.5, 2.5, 2.5, 0.25],
+    ("sequence-tis", "leave"): [2, 2, 1.5, 1.5, 1.5, 0.25],
+    ("sequence-tis", "mask"): [2, 0, 0, 0, 1.5, 0.25],
+    ("token-mask", "leave"): [2, 1, 1, 1, 1.5, 0],
+    ("token-mask", "mask"): [2, 0, 0, 0, 1.5, 0],
+    ("none", "mask"): [1, 0, 0, 0, 1, 1],
+}
+
+
+@pytest.mark.parametrize(("form", "treatment"), REUSED_EXPECTED)
+def test_tokens_kept_from_history_are_treated_as_asked(form, treatment):
+    correction = FORMS[form].model_copy(update={"reused": treatment})
+    corrected = correct_mismatch(OLD, ROLLOUT, LENGTHS, correction, REUSED)
+    expected = torch.tensor(REUSED_EXPECTED[form, treatment], dtype=torch.float64)
+    torch.testing.assert_close(corrected.weights, expected)
+    assert corrected.kept.tolist() == (expected > 0).tolist()
+    assert not (corrected.clipped & ~corrected.kept).any()
+    # Without such tokens the treatment has no meaning.
+    fresh = correct_mismatch(OLD, ROLLOUT, LENGTHS, correction, torch.zeros(6))
+    torch.testing.assert_close(fresh.weights, torch.tensor(EXPECTED[form], dtype=torch.float64))

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from rollout.engine import RolloutEngine
 from rollout.fleet import RolloutFleet
-from rollout.precision import Tail, deal
-from rollout.records import Rollout, RolloutRequest, Source
+from rollout.precision import Tail, deal, go_on
+from rollout.records import Past, Rollout, RolloutRequest, Source
 from rollout.weight_sync import segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests
 from tests.rollout.test_weight_transfer import StateDictSource, _load, connected
@@ -69,6 +70,20 @@ def test_a_response_that_is_surely_no_tail_is_released_at_once() -> None:
     tail = Tail(total=10, size=2)
     assert [len(tail.add(rollout_of(number, 5), cut=False)) for number in range(4)] == [0, 0, 1, 1]
     assert tail.limit is None
+
+
+@pytest.mark.parametrize("source", [Source.HISTORY, Source.KEPT, Source.FRESH])
+def test_what_is_left_of_an_earlier_response_goes_along(source: Source) -> None:
+    past = Past(np.arange(9, dtype=np.int32), -np.arange(9, dtype=np.float32), seed=7)
+    request = replace(make_requests(1, samples=1, max_tokens=60)[0], past=past)
+    begun = replace(rollout_of(0, 4), sources=[Source.HISTORY] * 3 + [source])
+    rest = go_on(request, begun)
+    assert rest.begun == begun.token_ids
+    if source is Source.FRESH:
+        assert rest.past is None
+    else:
+        assert rest.past is not None and rest.past.seed == 7
+        assert rest.past.token_ids.tolist() == [4, 5, 6, 7, 8] and rest.past.logprobs.tolist() == [-4, -5, -6, -7, -8]
 
 
 def test_prompts_are_dealt_by_their_place_in_the_list() -> None:

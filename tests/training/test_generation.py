@@ -57,7 +57,7 @@ def raising_reward(prompt: str, response: str, answer: str) -> float:
 
 @pytest.fixture
 def make(tmp_path: Path):
-    def build(**reward: object) -> tuple[Generator, EchoFleet, Config]:
+    def build(rollout: dict | None = None, **reward: object) -> tuple[Generator, EchoFleet, Config]:
         config = Config.model_validate(
             {
                 "model": {"path": str(tmp_path / "model"), "scratch": {}},
@@ -65,7 +65,7 @@ def make(tmp_path: Path):
                 "reward": reward or {"name": "numeric"},
                 "algorithm": {"group_size": 2},
                 "train": {"prompts_per_step": 4},
-                "rollout": {"max_tokens": 16},
+                "rollout": {"max_tokens": 16} | (rollout or {}),
                 "run_dir": str(tmp_path / "run"),
             }
         )
@@ -136,7 +136,7 @@ def test_engines_sleep_after_the_rollouts_of_a_step_and_not_after_an_evaluation(
 
 
 def test_speculation_is_measured_when_the_engines_draft(make):
-    generator, fleet, _ = make()
+    generator, fleet, _ = make({"speculation": {"adaptive": "model"}})
     generator.training_rollouts(1)
     assert not any(name.startswith("speculation/") for name in generator.metrics)
     counts = SpeculationCounts(
@@ -156,3 +156,22 @@ def test_speculation_is_measured_when_the_engines_draft(make):
         "draft_time_share": 0.25,
         "steps/batch_8/ngram:2": 4.0,
     }
+
+
+def test_the_second_epoch_takes_the_responses_of_the_first_along(make):
+    generator, fleet, _ = make({"history": {"mode": "coupled", "refresh": 0.0}})
+    seeds: dict[tuple[str, int], int] = {}
+    reused = 0
+    for step in range(1, 6):  # 5 prompts, 4 per step
+        generator.training_rollouts(step)
+        before = dict(seeds)
+        for request in fleet.seen:
+            key = request.prompt_id, request.sample_index
+            seed = before.pop(key, None)  # a second visit within a step is plain
+            assert (request.past is not None) == (seed is not None)
+            assert seed in (None, request.seed)
+            seeds[key] = request.seed
+            reused += seed is not None
+    assert reused >= 5 * 8 - 3 * 10
+    assert generator.metrics["group/distinct_responses"] == 0.5, "the fleet always says the same, to groups of two"
+    assert generator.metrics["history/responses"] == 10
