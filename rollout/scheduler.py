@@ -256,8 +256,10 @@ class SpeculativeScheduler(Scheduler):
         return {name: drafter for name, (drafter, _) in drafts.items()}
 
     def _hand_out(self, requests: list[Request], drafts: list[list[int]], k: int) -> None:
-        from_history = sum(len(request.spec_token_ids) for request in self.running)
-        budget = max(self.max_num_scheduled_tokens - len(requests) - from_history, 0)
+        # Others may still hold drafts that were not scheduled in the last step; they get new ones here.
+        reusing = [request for request in self.running if request.request_id in self._from_history]
+        rows = len(requests) + sum(1 + len(request.spec_token_ids) for request in reusing)
+        budget = max(self.max_num_scheduled_tokens - rows, 0)
         for request, draft in zip(requests, drafts, strict=True):
             request.spec_token_ids = draft[: min(k, budget)]
             budget -= len(request.spec_token_ids)
