@@ -118,11 +118,11 @@ class Console:
 
 
 def savings(metrics: Mapping[str, float]) -> str:
-    """What reuse and drafting saved in a step, as a note behind its row; empty below a twentieth of a second."""
+    """What each acceleration saved in a step, as a note behind its row; empty below a twentieth of a second."""
     parts = [
-        f"{name} {metrics[key]:.1f} s"
-        for name, key in (("reuse", "saved/reuse_s"), ("drafting", "saved/drafting_s"))
-        if abs(metrics.get(key, 0.0)) >= LEAST_SAVING
+        f"{name} {metrics[f'saved/{name}_s']:.1f} s"
+        for name in ("reuse", "drafting", "quantization")
+        if abs(metrics.get(f"saved/{name}_s", 0.0)) >= LEAST_SAVING
     ]
     return f"  saved: {', '.join(parts)}" if parts else ""
 

@@ -93,7 +93,7 @@ class Generator:
         self.metrics |= asleep | {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
         if len(set(config.rollout.precisions)) > 1:
             precisions = self._fleet.take_precision_counts()
-            self.metrics |= generation_metrics(rollouts, precisions, config.rollout.precisions)
+            self.metrics |= generation_metrics(rollouts, precisions, config.rollout)
         counts = self._fleet.take_speculation_counts()
         self.metrics |= speculation_metrics(rollouts, counts, drafter_names(config.rollout))
         self.metrics |= group_diversity(rollouts, texts, config.algorithm.group_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms import TokenCorrection, mismatch_metrics
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import Rollout as RolloutOptions
 from rollout.precision import PrecisionCounts
 from rollout.records import Rollout
 
@@ -26,14 +27,15 @@ def warn_of_bias(config: Config) -> None:
         )
 
 
-def generation_metrics(rollouts: Sequence[Rollout], counts: PrecisionCounts, precisions: Sequence[str]) -> Metrics:
-    """`precision/*` of `docs/metrics.md` that a generation gives.
+def generation_metrics(rollouts: Sequence[Rollout], counts: PrecisionCounts, options: RolloutOptions) -> Metrics:
+    """`precision/*` and `saved/quantization_s` of `docs/metrics.md`, as far as a generation gives them.
 
     Args:
         rollouts: of the step.
         counts: of the same step.
-        precisions: of the fleet's engines.
+        options: of the fleet.
     """
+    precisions = options.precisions
     metrics = {"precision/discarded_tokens": float(counts.discarded)}
     for precision in sorted(set(precisions)):
         tokens = float(sum(count for rollout in rollouts for name, count in rollout.precisions if name == precision))
@@ -41,6 +43,13 @@ def generation_metrics(rollouts: Sequence[Rollout], counts: PrecisionCounts, pre
         metrics |= {f"precision/{precision}/tokens": tokens, f"precision/{precision}/seconds": seconds}
         if seconds:
             metrics[f"precision/{precision}/tokens_per_s"] = tokens / seconds
+    unquantized = metrics.get("precision/none/tokens_per_s")
+    if unquantized and not options.precision_tail:  # the engines of a tail have few requests at a time, and so are slow
+        quantized = [precision for precision in counts.seconds if precision != "none"]
+        tokens, seconds = (
+            sum(metrics[f"precision/{precision}/{name}"] for precision in quantized) for name in ("tokens", "seconds")
+        )
+        metrics["saved/quantization_s"] = (tokens / unquantized - seconds) / len(precisions)
     return metrics
 
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_rl.algorithms import correct_mismatch
 from megatron_rl.config import Config
+from megatron_rl.config.rollout import Rollout as RolloutOptions
 from megatron_rl.config.schema import Correction
 from megatron_rl.precision import gap_metrics, generation_metrics, warn_of_bias
 from rollout.precision import PrecisionCounts
@@ -23,7 +24,8 @@ ROLLOUTS = [rollout(("int8", 3)), rollout(("none", 2)), rollout(("int8", 2), ("n
 
 def test_tokens_seconds_and_speed_are_counted_per_precision() -> None:
     counts = PrecisionCounts({"int8": 2.0}, discarded=4)
-    assert generation_metrics(ROLLOUTS, counts, ["int8", "none", "fp8"]) == {
+    options = RolloutOptions(engines=3, quantization=["int8", "none", "fp8"])
+    assert generation_metrics(ROLLOUTS, counts, options) == {
         "precision/discarded_tokens": 4,
         "precision/int8/tokens": 5,
         "precision/int8/seconds": 2,
@@ -33,6 +35,15 @@ def test_tokens_seconds_and_speed_are_counted_per_precision() -> None:
         "precision/fp8/tokens": 0,
         "precision/fp8/seconds": 0,
     }
+
+
+def test_what_quantization_saved_is_judged_by_the_unquantized_engines() -> None:
+    counts = PrecisionCounts({"int8": 2.0, "none": 6.0})
+    options = RolloutOptions(engines=2, quantization=["int8", "none"])
+    metrics = generation_metrics(ROLLOUTS, counts, options)
+    assert metrics["saved/quantization_s"] == (5 * 2.0 - 2.0) / 2, "5 tokens at 2 s each, in 2 s; 2 engines"
+    tail = options.model_copy(update={"precision_tail": 0.1})
+    assert "saved/quantization_s" not in generation_metrics(ROLLOUTS, counts, tail)
 
 
 def test_the_gap_is_that_of_the_engine_that_sampled_the_token() -> None:
