@@ -9,7 +9,7 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import correct_mismatch, mismatch_metrics
+from megatron_rl.algorithms import mismatch_metrics
 from megatron_rl.batch import Batch
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
@@ -166,8 +166,7 @@ class Experiment:
             return {}
         old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
         gap = mismatch_metrics(old, rollout)
-        options = self.config.algorithm.correction
-        correction = correct_mismatch(old, rollout, batch.lengths, options, batch.values["reused"])
+        correction = self.trainer.correction
         seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
         sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
         metrics = {

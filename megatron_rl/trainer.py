@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drafter.bubbles import BubbleCommunicator
 from drafter.fill import ThreadFill
-from megatron_rl.algorithms import PolicyTokens, correct_mismatch, policy_objective, token_weights
+from megatron_rl.algorithms import PolicyTokens, TokenCorrection, correct_mismatch, policy_objective, token_weights
 from megatron_rl.batch import Batch, Microbatch, build_microbatch, plan_microbatches, with_values
 from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
 from megatron_rl.config import Config
@@ -207,6 +207,8 @@ class Trainer(Policy):
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.weights = PolicyWeights(self.model, arch)
         self.updates = 0
+        self.correction: TokenCorrection
+        """Of the tokens of the last `update`."""
 
     def update(self, batch: Batch, progress: Progress | None = None) -> Metrics:
         """One RL update: `train.minibatches` optimizer steps on consecutive parts of the batch.
@@ -221,6 +223,7 @@ class Trainer(Policy):
         algorithm, parts = self.config.algorithm, self.config.train.minibatches
         size = len(batch.prompts) // parts
         collected: list[Metrics] = []
+        corrections: list[TokenCorrection] = []
         for part in range(parts):
             minibatch = batch.select(part * size, (part + 1) * size)
             # Constants of the whole mini-batch, the same on every rank: how it is split cannot change them.
@@ -231,6 +234,7 @@ class Trainer(Policy):
                 algorithm.correction,
                 minibatch.values.get("reused"),
             )
+            corrections.append(correction)
             weights = token_weights(minibatch.lengths, algorithm.aggregation, correction.kept)
             minibatch = with_values(minibatch, importance=correction.weights, weights=weights)
             total_tokens = int(correction.kept.sum())
@@ -252,6 +256,7 @@ class Trainer(Policy):
                 return policy_objective(tokens, algorithm)
 
             collected.append(self._optimize(minibatch, loss, progress))
+        self.correction = TokenCorrection.of_all(corrections)
         return {name: sum(metrics[name] for metrics in collected) / parts for name in collected[0]}
 
     def imitate(self, batch: Batch, progress: Progress | None = None) -> Metrics:

@@ -1,7 +1,8 @@
 """The difference between the engine that generated and the trainer that learns, and what is done about it."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,11 @@ class TokenCorrection:
     """Kept tokens whose weight was cut at the cap."""
     vetoed: Bool[Tensor, "batch"]
     """Responses that the veto rejected."""
+
+    @classmethod
+    def of_all(cls, parts: Sequence["TokenCorrection"]) -> "TokenCorrection":
+        """What was made of the tokens of several mini-batches, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def metrics(self) -> dict[str, float]:
         """Over all response tokens: `weight_mean`, the mean weight of those kept, `clipped_share`, `rejected_share`.

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms import correct_mismatch, mismatch_metrics
+from megatron_rl.algorithms import TokenCorrection, correct_mismatch, mismatch_metrics
 from megatron_rl.config.schema import Correction
 
 # Responses of 2, 3, 0 and 1 tokens.
@@ -186,3 +186,17 @@ def test_tokens_kept_from_history_are_treated_as_asked(form, treatment):
     # Without such tokens the treatment has no meaning.
     fresh = correct_mismatch(OLD, ROLLOUT, LENGTHS, correction, torch.zeros(6))
     torch.testing.assert_close(fresh.weights, torch.tensor(EXPECTED[form], dtype=torch.float64))
+
+
+def test_parts_make_up_the_whole_and_keep_their_own_normalization():
+    correction = Correction(kind="tis", cap=2.0, normalize=True)
+    half = len(LENGTHS) // 2
+    cut = int(LENGTHS[:half].sum())
+    parts = [
+        correct_mismatch(OLD[:cut], ROLLOUT[:cut], LENGTHS[:half], correction),
+        correct_mismatch(OLD[cut:], ROLLOUT[cut:], LENGTHS[half:], correction),
+    ]
+    whole = TokenCorrection.of_all(parts)
+    assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
+    assert len(whole.kept) == len(OLD) and len(whole.vetoed) == len(LENGTHS)
+    assert not torch.allclose(whole.weights, correct_mismatch(OLD, ROLLOUT, LENGTHS, correction).weights)
