@@ -1,6 +1,11 @@
-"""The order of the tests: pytest runs files as they come, one worker each."""
+"""How the tests share the cores, and their order: pytest runs files as they come, one worker each."""
+
+import os
 
 import pytest
+
+# Threads of one test that wait for each other spin, and take the cores from the other tests. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONG = ("tests/training/test_train.py", "tests/training/", "tests/rollout/")
 

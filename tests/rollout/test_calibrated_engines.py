@@ -69,6 +69,7 @@ def expected_products(weights: dict[str, Tensor], names: list[str], folder: Path
     return expected
 
 
+@pytest.mark.slow
 def test_layers_multiply_smoothed_and_clipped_also_after_new_weights(
     engines: tuple, planted: Path, folder: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_layers_multiply_smoothed_and_clipped_also_after_new_weights(
     assert rounding["model.layers.1.self_attn.o_proj"].clipped > 0
 
 
+@pytest.mark.slow
 def test_smoothing_brings_the_engine_nearer_to_the_model(engines: tuple, planted: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
     gaps = []

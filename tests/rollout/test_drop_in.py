@@ -137,11 +137,13 @@ def results(
     return found
 
 
+@pytest.mark.slow
 def test_without_variables_vllm_is_as_if_the_package_were_not_installed(results: dict[str, Any]) -> None:
     assert not results["unset"]["changed"]
     assert results["unset"]["results"] == results["absent"]["results"]
 
 
+@pytest.mark.slow
 def test_bf16_gives_the_logprobs_of_what_was_sampled_and_the_same_tokens(
     results: dict[str, Any], models: tuple[Path, Path]
 ) -> None:
@@ -158,6 +160,7 @@ def test_bf16_gives_the_logprobs_of_what_was_sampled_and_the_same_tokens(
         assert (torch.tensor(stock[2]) - expected).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_updates_by_vllms_own_ways_quantize_anew(results: dict[str, Any]) -> None:
     first, _, reloaded, _, restored, _, sent, loaded, _, _, last = results["int8"]["results"]
     fresh = results["other"]["results"][0]
@@ -167,18 +170,21 @@ def test_updates_by_vllms_own_ways_quantize_anew(results: dict[str, Any]) -> Non
     assert loaded.startswith("ValueError: ") and "is quantized, so load_weights alone cannot change it" in loaded
 
 
+@pytest.mark.slow
 def test_a_quantization_file_says_which_layers_and_how(results: dict[str, Any]) -> None:
     first, _, other, *_ = results["file"]["results"]
     assert first != results["int8"]["results"][0] and other != results["other"]["results"][0]
     assert "model.layers.1.mlp.down_proj is not quantized: the test says so." in results["log"]["text"]
 
 
+@pytest.mark.slow
 def test_the_reload_is_tested_after_loading_and_fails_when_weights_change(results: dict[str, Any]) -> None:
     assert "loading the same weights again changed none of" in results["log"]["text"]
     verdict = results["file"]["results"][-1]
     assert verdict.startswith("RuntimeError: FLASHRL_TEST_RELOAD: loading the same weights again changed 2 of")
 
 
+@pytest.mark.slow
 def test_a_process_with_a_wrong_value_ends_with_the_sentence(models: tuple[Path, Path]) -> None:
     process = Process([str(models[0]), "generate"], FLASHRL_CONFIG="fp8")
     last_line = process.finish()[1].splitlines()[-1]

@@ -211,6 +211,7 @@ def test_the_longest_responses_are_begun_in_int8_and_finished_without(
     assert again == {key: tokens for key, (tokens, _) in values(rollouts).items()}
 
 
+@pytest.mark.slow
 def test_engines_that_slept_hold_the_new_weights_like_fresh_ones(
     fleets: tuple[RolloutFleet, RolloutFleet], model: Path, other_model: Path, tmp_path: Path
 ) -> None:
