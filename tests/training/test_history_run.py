@@ -56,6 +56,7 @@ def whole(experiment: Path) -> Path:
     return experiment.parent / "whole"
 
 
+@pytest.mark.slow
 def test_the_second_epoch_reuses_the_first(whole: Path) -> None:
     steps = metrics(whole)
     for step in range(1, STEPS + 1):
@@ -70,6 +71,7 @@ def test_the_second_epoch_reuses_the_first(whole: Path) -> None:
     assert (steps[STEPS_PER_EPOCH + 2]["history/lenience"] > -0.2) == below
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_the_middle_of_an_epoch_continues_exactly(experiment: Path, whole: Path) -> None:
     run_dir = experiment.parent / "killed"
     process = start(experiment, f"run_dir={run_dir}")
