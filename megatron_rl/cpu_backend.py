@@ -5,7 +5,7 @@ its RNG tracker, CUDA type names in the optimizer, and streams. This module answ
 Nothing of megatron-core's schedules or optimizers is replaced. Call `install` once, before building a model.
 
 DDP leaves out collectives of one rank: a rank's shard is then the buffer itself, and gloo would copy every parameter
-and gradient twice. (It has also crashed there, once in some thousands of steps, on a thread of its own.)
+and gradient twice. (One crash was seen with such a call on the stack; its cause is not known.)
 """
 
 import contextlib

@@ -14,13 +14,13 @@ from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
 from megatron_rl.models.weights import PolicyWeights
 from rollout.checksum import differing, source_checksums
-from rollout.int8 import Rounding
 from rollout.shm_transfer import ShardedWeightSource
 from rollout.weight_sync import WeightSync as Connection
 from rollout.weight_sync import connect, segment_name
 
 if TYPE_CHECKING:
     from rollout.fleet import RolloutFleet
+    from rollout.int8 import Rounding
 
 log = logging.getLogger(__name__)
 MEMCPY_SAMPLE_BYTES = 2**28
@@ -159,7 +159,7 @@ class WeightSync:
         self._connection.shutdown()
 
 
-def rounding_metrics(parts: Sequence[Mapping[str, Rounding]], bound: float) -> dict[str, float]:
+def rounding_metrics(parts: Sequence[Mapping[str, "Rounding"]], bound: float) -> dict[str, float]:
     """`quantization/*` of `docs/metrics.md` from what each worker says of its layers; a warning for errors over bound.
 
     A layer cannot change its precision in a running engine: compiled code and CUDA graphs hold its tensors' addresses.
