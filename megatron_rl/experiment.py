@@ -9,7 +9,7 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import mismatch_metrics
+from megatron_rl.algorithms import load_algorithm, mismatch_metrics
 from megatron_rl.batch import Batch
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
@@ -69,6 +69,7 @@ class Experiment:
         """
         self.config, self.runtime = config, runtime
         self.clock, self.console = Clock(), Console(runtime.is_driver)
+        self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
         environment = device.engine_environment(config, start.vocab_limit)
         self.coordinator = Coordinator(runtime)

@@ -9,8 +9,9 @@ from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
+    from megatron_rl.config.algorithm import Correction
     from megatron_rl.config.rollout import Rollout
-    from megatron_rl.config.schema import Config, Correction
+    from megatron_rl.config.schema import Config
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.algorithms import correct_mismatch
-from megatron_rl.config.schema import Correction
+from megatron_rl.config.algorithm import Correction
 from tests.launching import run_workers
 from tests.training.correction_worker import AGGREGATIONS, FORMS
 from tests.training.models import make_models, random_sequences
