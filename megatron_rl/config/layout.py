@@ -47,6 +47,11 @@ def check_sections(config: "Config") -> None:
         raise ConfigError(
             f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
         )
+    if config.algorithm.dynamic_sampling and rollout.precision_tail:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling={config.algorithm.dynamic_sampling} adds prompts while the engines generate, "
+            "but rollout.precision_tail has to know their number before; set one of them to 0."
+        )
     _check_correction(config.algorithm.correction)
     arithmetic = data.arithmetic
     if arithmetic.min_doublings > arithmetic.max_doublings:

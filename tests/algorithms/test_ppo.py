@@ -53,8 +53,8 @@ def test_no_tokens_have_no_advantages():
 
 
 def test_the_critic_may_not_move_further_than_the_clip():
-    # Old value 0, clip 0.2, return 1. At 0.1 the loss is (0.1 - 1)^2 / 2 = 0.405 with its gradient -0.9; at 0.5 it stays
-    # at (0.2 - 1)^2 / 2 = 0.32 without one. Away from the return, at -0.5, the plain loss 1.5^2 / 2 is the larger.
+    # Old value 0, clip 0.2, return 1. At 0.1 the loss is (0.1 - 1)^2 / 2 = 0.405, gradient -0.9; at 0.5 it stays at
+    # (0.2 - 1)^2 / 2 = 0.32 without one. Away from the return, at -0.5, the plain loss 1.5^2 / 2 is the larger.
     values = _tensor(0.1, 0.5, -0.5).requires_grad_()
     loss, clipped = value_loss(values, _tensor(0, 0, 0), _tensor(1, 1, 1), 0.2)
     assert loss.tolist() == pytest.approx([0.405, 0.32, 1.125])
