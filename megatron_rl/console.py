@@ -29,6 +29,7 @@ COUNTS_WORTH_A_NOTE = {
     "reward/errors": "reward errors",
     "reward/timeouts": "reward timeouts",
     "correction/skipped_updates": "updates skipped: algorithm.correction rejected all tokens, widen its bounds",
+    "sampling/filled_prompts": "prompts teach nothing: algorithm.dynamic_sampling found no others",
 }
 
 
@@ -62,6 +63,12 @@ class Phase:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def grow(self, count: int) -> None:
+        """The phase has `count` more items."""
+        self._total += count
+        if self._progress is not None:
+            self._progress.update(self._task, total=self._total)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more of the phase's items are done; `note` is shown beside them, e.g. a speed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import mismatch_metrics
+from megatron_rl.algorithms import load_algorithm, mismatch_metrics
 from megatron_rl.batch import Batch
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
@@ -32,6 +32,7 @@ from rollout.records import Rollout
 Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
 HISTORY = "history"  # in checkpoints: earlier responses
+REFILLS = "refills"  # in checkpoints: how far dynamic sampling has moved the order of the prompts
 
 
 class Clock:
@@ -69,6 +70,7 @@ class Experiment:
         """
         self.config, self.runtime = config, runtime
         self.clock, self.console = Clock(), Console(runtime.is_driver)
+        self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
         environment = device.engine_environment(config, start.vocab_limit)
         self.coordinator = Coordinator(runtime)
@@ -97,6 +99,8 @@ class Experiment:
             if start.resumed and (learned := load_driver_state(config.run_dir, start.resumed, SPECULATION)):
                 self.fleet.restore_speculation(learned)
             self.generator = Generator(config, start.tokenizer, self.fleet, self.console)
+            if start.resumed:
+                self.generator.refills = load_driver_state(config.run_dir, start.resumed, REFILLS) or 0
             if start.resumed and (earlier := load_tensors(config.run_dir, start.resumed, HISTORY)):
                 self._restore_history(earlier)
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
@@ -198,7 +202,9 @@ class Experiment:
     def save(self, step: int) -> None:
         """Checkpoint after `step`, whose metrics are already logged, and write the drafter's timeline."""
         start = time.perf_counter()
-        learned = {SPECULATION: self.fleet.speculation_states()} if self.fleet is not None else None
+        learned: dict[str, Any] | None = None
+        if self.fleet is not None:
+            learned = {SPECULATION: self.fleet.speculation_states(), REFILLS: self.generator.refills}
         tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else {}
         if self.runtime.is_driver and self.config.rollout.history.mode != "off":
             tensors[HISTORY] = self.generator.reuse.state()

@@ -14,9 +14,11 @@ from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.diversity import group_diversity
 from megatron_rl.history import Reuse
 from megatron_rl.precision import generation_metrics
-from megatron_rl.rewards.score import ScoreItem, Scorer
+from megatron_rl.refill import DynamicSampling, Group
+from megatron_rl.rewards.score import Score, ScoreItem, Scorer
 from megatron_rl.speculation import drafter_names, speculation_metrics
 from rollout.fleet import RolloutFleet
+from rollout.precision import RequestKey, key_of
 from rollout.records import Rollout, RolloutRequest
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ class ScoredRollouts:
 
     rollouts: list[Rollout]
     rewards: list[float]
+
+    @classmethod
+    def of(cls, groups: list[Group]) -> "ScoredRollouts":
+        """Those of groups that are scored."""
+        rollouts = [group.rollouts[request.sample_index] for group in groups for request in group.requests]
+        return cls(rollouts, [score.total for group in groups for score in group.scores])
 
 
 class Generator:
@@ -52,6 +60,9 @@ class Generator:
         self._heldout = {name: self._load_heldout(name) for name in data.eval}
         self._order = PromptOrder(len(self._prompts), config.train.prompts_per_step, data.seed)
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
+        self._scoring_seconds = 0.0
+        self.refills = 0
+        """Prompts that dynamic sampling has asked for beyond `train.prompts_per_step`, over all steps so far."""
         self.reuse = Reuse(config)
         """Earlier responses."""
         self.metrics: dict[str, float] = {}
@@ -66,7 +77,58 @@ class Generator:
     def training_rollouts(self, step: int) -> ScoredRollouts:
         """Rollouts of step `step` (counted from 1): `algorithm.group_size` of each of its prompts."""
         config = self._config
-        visits = [(self._prompts[index], epoch) for index, epoch in self._order.indices(step - 1)]
+        self._fleet.take_speculation_counts()  # those of an evaluation
+        self._fleet.take_precision_counts()
+        self._take_reward_metrics()
+        start = time.perf_counter()
+        groups, chosen, sampling = self._generate_groups(step)
+        seconds = time.perf_counter() - start
+        asleep = self._let_sleep() if config.rollout.sleep else {}
+        rollouts = [group.rollouts[request.sample_index] for group in groups for request in group.requests]
+        texts = self._texts(rollouts)
+        if not config.algorithm.dynamic_sampling:
+            prompts = [group.prompt for group in groups for _ in group.requests]
+            scores = iter(self._score(rollouts, prompts, texts))
+            for group in groups:
+                group.scores = [next(scores) for _ in group.requests]
+        rewards = [score.total for group in groups for score in group.scores]
+        self.metrics = self._take_reward_metrics() | asleep | sampling | {"time/generate": seconds}
+        self.metrics |= _rollout_metrics(rollouts, rewards, seconds)
+        if len(set(config.rollout.precisions)) > 1:
+            precisions = self._fleet.take_precision_counts()
+            self.metrics |= generation_metrics(rollouts, precisions, config.rollout)
+        counts = self._fleet.take_speculation_counts()
+        self.metrics |= speculation_metrics(rollouts, counts, drafter_names(config.rollout))
+        self.metrics |= group_diversity(rollouts, texts, config.algorithm.group_size)
+        self.metrics |= self.reuse.finish_step(rollouts, rewards)
+        return ScoredRollouts.of(chosen)
+
+    def _generate_groups(self, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+        """The step's prompts with their rollouts; those to learn from; and what dynamic sampling, which scores them,
+        measured."""
+        algorithm, wanted = self._config.algorithm, self._config.train.prompts_per_step
+        first = (step - 1) * wanted + self.refills
+
+        def ask(number: int) -> Group:
+            return self._group(step, first + number, further=number > 0)
+
+        if not algorithm.dynamic_sampling:
+            groups = [ask(number) for number in range(wanted)]
+            found = iter(self._generate("generating", _requests(groups), self.watch))
+            for group in groups:
+                group.rollouts = {request.sample_index: next(found) for request in group.requests}
+            return groups, groups, {}
+        limit = wanted * (1 + algorithm.dynamic_sampling)
+        with DynamicSampling(wanted, limit, ask, self._score_group) as refill:
+            self._generate("generating", _requests(refill.groups), self.watch, refill)
+        self.refills += len(refill.groups) - wanted
+        return refill.groups, refill.chosen(), refill.metrics()
+
+    def _group(self, step: int, position: int, further: bool) -> Group:
+        """The requests for the prompt at a position of the whole order; `further`: not the first one of the step."""
+        config = self._config
+        index, epoch = self._order.visit(position)
+        prompt = self._prompts[index]
         requests = [
             RolloutRequest(
                 prompt_id=prompt.prompt_id,
@@ -77,28 +139,13 @@ class Generator:
                 max_tokens=config.rollout.max_tokens,
                 temperature=config.rollout.temperature,
             )
-            for prompt, epoch in visits
             for sample in range(config.algorithm.group_size)
         ]
-        prompts = [prompt for prompt, _ in visits for _ in range(config.algorithm.group_size)]
-        self._fleet.take_speculation_counts()  # those of an evaluation
-        self._fleet.take_precision_counts()
-        requests = self.reuse.attach(requests)
-        start = time.perf_counter()
-        rollouts = self._generate("generating", requests, self.watch)
-        seconds = time.perf_counter() - start
-        asleep = self._let_sleep() if config.rollout.sleep else {}
-        texts = self._texts(rollouts)
-        rewards = self._score(rollouts, prompts, texts)
-        self.metrics |= asleep | {"time/generate": seconds} | _rollout_metrics(rollouts, rewards, seconds)
-        if len(set(config.rollout.precisions)) > 1:
-            precisions = self._fleet.take_precision_counts()
-            self.metrics |= generation_metrics(rollouts, precisions, config.rollout)
-        counts = self._fleet.take_speculation_counts()
-        self.metrics |= speculation_metrics(rollouts, counts, drafter_names(config.rollout))
-        self.metrics |= group_diversity(rollouts, texts, config.algorithm.group_size)
-        self.metrics |= self.reuse.finish_step(rollouts, rewards)
-        return ScoredRollouts(rollouts, rewards)
+        return Group(prompt, self.reuse.attach(requests, further))
+
+    def _score_group(self, group: Group) -> list[Score]:
+        rollouts = [group.rollouts[request.sample_index] for request in group.requests]
+        return self._score(rollouts, [group.prompt] * len(rollouts), self._texts(rollouts))
 
     def _let_sleep(self) -> dict[str, float]:
         start = time.perf_counter()
@@ -135,50 +182,67 @@ class Generator:
             for prompt, sample in visits
         ]
         rollouts = self._generate(f"evaluating {name}", requests)
-        scores = self._score(rollouts, [prompt for prompt, _ in visits], self._texts(rollouts), penalize=False)
-        return sum(score > 0 for score in scores) / len(scores)
+        scores = self._score(rollouts, [prompt for prompt, _ in visits], self._texts(rollouts))
+        return sum(score.value > 0 for score in scores) / len(scores)
 
-    def _generate(self, phase_name: str, requests: list[RolloutRequest], watch: Watch | None = None) -> list[Rollout]:
-        """Responses in the order of `requests`."""
-        places = {(request.prompt_id, request.sample_index, request.epoch): i for i, request in enumerate(requests)}
-        done: list[Rollout | None] = [None] * len(requests)
+    def _generate(
+        self,
+        phase_name: str,
+        requests: list[RolloutRequest],
+        watch: Watch | None = None,
+        refill: DynamicSampling | None = None,
+    ) -> list[Rollout]:
+        """Responses in the order of `requests`; those that `refill` asks for besides stay with it."""
+        done: dict[RequestKey, Rollout] = {}
         start, tokens = time.perf_counter(), 0
         with self._console.phase(phase_name, len(requests)) as phase:
-            rollouts = self._fleet.generate(requests)
+
+            def more(idle: bool) -> list[list[RolloutRequest]]:
+                further = refill.more(idle) if refill is not None else []
+                phase.grow(sum(map(len, further)))
+                return further
+
+            rollouts = self._fleet.generate(requests, more)
             for rollout in watch(rollouts, len(requests)) if watch is not None else rollouts:
-                done[places[rollout.prompt_id, rollout.sample_index, rollout.epoch]] = rollout
+                done[key_of(rollout)] = rollout
+                if refill is not None:
+                    refill.add(rollout)
                 tokens += len(rollout.token_ids)
                 phase.advance(note=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-        return [rollout for rollout in done if rollout is not None]
+        return [done[key_of(request)] for request in requests]
 
     def _texts(self, rollouts: list[Rollout]) -> list[str]:
         return self._tokenizer.batch_decode([rollout.token_ids for rollout in rollouts], skip_special_tokens=True)
 
-    def _score(
-        self, rollouts: list[Rollout], prompts: list[Prompt], texts: list[str], penalize: bool = True
-    ) -> list[float]:
+    def _score(self, rollouts: list[Rollout], prompts: list[Prompt], texts: list[str]) -> list[Score]:
         start = time.perf_counter()
         items = [
             ScoreItem(
                 prompt=prompt.text,
                 response=text,
                 answer=prompt.answer,
-                # Without a length, no length penalty applies: accuracy is about the answer alone.
-                length=len(rollout.token_ids) if penalize else 0,
+                length=len(rollout.token_ids),
                 record_id=prompt.prompt_id,
             )
             for rollout, prompt, text in zip(rollouts, prompts, texts, strict=True)
         ]
         scores = self._scorer.score(items)
-        self.metrics = {
-            "time/reward": time.perf_counter() - start,
-            **{f"reward/{name}": count for name, count in self._scorer.metrics().items()},
-        }
-        return [score.value for score in scores]
+        self._scoring_seconds += time.perf_counter() - start
+        return scores
+
+    def _take_reward_metrics(self) -> dict[str, float]:
+        """What scoring took and met since the last call."""
+        seconds, self._scoring_seconds = self._scoring_seconds, 0.0
+        counts = {f"reward/{name}": count for name, count in self._scorer.metrics().items()}
+        return {"time/reward": seconds, **counts}
 
     def close(self) -> None:
         """End the reward workers."""
         self._scorer.close()
+
+
+def _requests(groups: list[Group]) -> list[RolloutRequest]:
+    return [request for group in groups for request in group.requests]
 
 
 def _rollout_metrics(rollouts: list[Rollout], rewards: list[float], seconds: float) -> dict[str, float]:

@@ -71,23 +71,24 @@ class Reuse:
         self._lenience = Lenience(self._settings.lenience, self._settings.budget)
         # Responses that are expected to come again in the step under way, by prompt id, sample index, epoch.
         self._pasts: dict[tuple[str, int, int], Past] = {}
+        self._used: set[Key] = set()
         self._found = 0
 
-    def attach(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-        """The requests of a step with the earlier responses that they are to reuse."""
-        self._pasts, self._found = {}, 0
+    def attach(self, requests: Sequence[RolloutRequest], further: bool = False) -> list[RolloutRequest]:
+        """The requests with the earlier responses that they are to reuse: those of a new step, or `further` ones."""
+        if not further:
+            self._pasts, self._used, self._found = {}, set(), 0
         if self._settings.mode == "off":
             return list(requests)
-        used: set[Key] = set()
-        return [self._attach(request, used) for request in requests]
+        return [self._attach(request) for request in requests]
 
-    def _attach(self, request: RolloutRequest, used: set[Key]) -> RolloutRequest:
+    def _attach(self, request: RolloutRequest) -> RolloutRequest:
         key = request.prompt_id, request.sample_index
         record = self._history.get(*key, request.prompt_ids)
         # A step that straddles epochs may visit a prompt twice: with one seed for both, it would draw the same twice.
-        if record is None or key in used:
+        if record is None or key in self._used:
             return request
-        used.add(key)
+        self._used.add(key)
         self._found += 1
         settings = self._settings
         if is_refreshed(self._config.train.seed, request.epoch, *key, settings.refresh):

@@ -6,7 +6,6 @@ Rank 0, the driver, also owns the fleet of engines, the data order, the rewards 
 import torch
 
 from megatron_rl import device
-from megatron_rl.algorithms import grpo_advantages
 from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
 from megatron_rl.experiment import Experiment
@@ -57,8 +56,7 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
 
     rewards = torch.tensor(scored.rewards)
     groups = torch.arange(len(rewards)) // config.algorithm.group_size
-    advantages = grpo_advantages(rewards, groups, config.algorithm.normalize_std)
-    batch = with_values(batch, advantages=advantages.repeat_interleave(batch.lengths))
+    batch = with_values(batch, advantages=experiment.algorithm.advantages(rewards, groups, batch.lengths))
     with clock.phase("update"), experiment.progress("training") as progress:
         update = trainer.update(batch, progress)
 

@@ -18,7 +18,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drafter.bubbles import BubbleCommunicator
 from drafter.fill import ThreadFill
-from megatron_rl.algorithms import PolicyTokens, TokenCorrection, correct_mismatch, policy_objective, token_weights
+from megatron_rl.algorithms import (
+    PolicyTokens,
+    TokenCorrection,
+    correct_mismatch,
+    load_algorithm,
+    policy_objective,
+    token_weights,
+)
 from megatron_rl.batch import Batch, Microbatch, build_microbatch, plan_microbatches, with_values
 from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
 from megatron_rl.config import Config
@@ -220,7 +227,8 @@ class Trainer(Policy):
             rate, and of `skipped`: 1 for a mini-batch whose tokens were all rejected, which leaves the policy as it is.
             Elsewhere an empty dict.
         """
-        algorithm, parts = self.config.algorithm, self.config.train.minibatches
+        settings, parts = self.config.algorithm, self.config.train.minibatches
+        algorithm = load_algorithm(settings)
         size = len(batch.prompts) // parts
         collected: list[Metrics] = []
         corrections: list[TokenCorrection] = []
@@ -231,16 +239,21 @@ class Trainer(Policy):
                 minibatch.values["old_logprobs"],
                 minibatch.values["rollout_logprobs"],
                 minibatch.lengths,
-                algorithm.correction,
+                settings.correction,
                 minibatch.values.get("reused"),
             )
             corrections.append(correction)
-            weights = token_weights(minibatch.lengths, algorithm.aggregation, correction.kept)
+            lengths, longest = minibatch.lengths, self.config.rollout.max_tokens
+            weights = token_weights(lengths, settings.aggregation, correction.kept, longest)
             minibatch = with_values(minibatch, importance=correction.weights, weights=weights)
             total_tokens = int(correction.kept.sum())
 
             def loss(
-                microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor, total: int = total_tokens
+                microbatch: Microbatch,
+                logprobs: torch.Tensor,
+                entropies: torch.Tensor,
+                lengths: torch.Tensor = lengths,
+                total: int = total_tokens,
             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 values = microbatch.values
                 tokens = PolicyTokens(
@@ -251,6 +264,7 @@ class Trainer(Policy):
                     ref_logprobs=values.get("ref_logprobs"),
                     advantages=values["advantages"],
                     weights=values["weights"],
+                    lengths=lengths[microbatch.sequences],
                     total_tokens=total,
                 )
                 return policy_objective(tokens, algorithm)

@@ -146,7 +146,7 @@ def _generate(
     batches: int,
 ) -> Batch:
     """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
-    config = _without_drafts(config)
+    config = _plain(config)
     coordinator = Coordinator(runtime)
     environment = device.engine_environment(config, start.vocab_limit)
     fleet, generator = None, None
@@ -177,9 +177,12 @@ def _generate(
     return Batch([rollout.prompt_ids for rollout in rollouts], [rollout.token_ids for rollout in rollouts])
 
 
-def _without_drafts(config: Config) -> Config:
+def _plain(config: Config) -> Config:
+    """Without drafts, and with no other prompts than those of the steps."""
     speculation = config.rollout.speculation.model_copy(update={"drafters": ["ngram"], "adaptive": "off"})
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"speculation": speculation})})
+    rollout = config.rollout.model_copy(update={"speculation": speculation})
+    algorithm = config.algorithm.model_copy(update={"dynamic_sampling": 0})
+    return config.model_copy(update={"rollout": rollout, "algorithm": algorithm})
 
 
 def _write_rollouts(rollouts: list[Rollout], file: Path) -> None:

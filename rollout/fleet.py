@@ -5,6 +5,7 @@ for rollout in fleet.generate(requests): ...
 fleet.shutdown()
 """
 
+import itertools
 import logging
 import os
 import time
@@ -42,6 +43,10 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 _HEADS_IN_STORE = 2
 
 _STOP_SECONDS = 10.0
+
+More = Callable[[bool], list[list[RolloutRequest]]]
+"""Asked again and again during a generation, with whether nothing is left to do: the requests of a further prompt, of
+the next one, ... A generation is over when nothing is left and nothing comes."""
 
 
 @dataclass
@@ -138,8 +143,10 @@ class RolloutFleet:
         except RayError as error:
             raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
 
-    def generate(self, requests: list[RolloutRequest]) -> Generator[Rollout]:
+    def generate(self, requests: list[RolloutRequest], more: More = lambda idle: []) -> Generator[Rollout]:
         """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index, epoch) are unique.
+
+        `more` is not asked with `rollout.precision_tail`, which has to know how many responses there will be.
 
         Requests of one prompt go to one engine, which so computes the prompt once. Rollouts do not depend on the
         number of engines or on the order; in a mixed fleet, the list of requests decides in which precision a prompt is
@@ -151,7 +158,7 @@ class RolloutFleet:
         if self._asleep:
             raise RuntimeError("the engines sleep; wake them up, and give them weights, before they generate.")
         if not self._tail_share:
-            return self._run(deal(requests, [engine.precision for engine in self._engines]))
+            return self._run(deal(requests, [engine.precision for engine in self._engines]), more)
         quantized = [engine.precision for engine in self._engines if engine.precision != "none"]
         backlog = deal(requests, quantized)
         size = int(self._tail_share * len(requests))
@@ -186,10 +193,19 @@ class RolloutFleet:
             if engine.precision != "none":
                 engine.actor.shorten.remote(limit)
 
-    def _run(self, backlog: Backlog) -> Generator[Rollout]:
+    def _run(self, backlog: Backlog, more: More = lambda idle: []) -> Generator[Rollout]:
+        # By its number a further prompt has the precision that it would have, had it been there from the start.
+        precisions = itertools.cycle([engine.precision for engine in self._engines])
+        turn = itertools.islice(precisions, sum(map(len, backlog.values())), None)
         polls: dict[Any, EngineState] = {}
         try:
-            while any(backlog.values()) or any(engine.running for engine in self._engines):
+            while True:
+                idle = not any(backlog.values()) and not any(engine.running for engine in self._engines)
+                further = more(idle)
+                if idle and not further:
+                    break
+                for group in further:
+                    backlog[next(turn)].append(group)
                 for precision, groups in backlog.items():
                     self._feed(groups, [engine for engine in self._engines if engine.precision == precision])
                 polling = {engine.index for engine in polls.values()}

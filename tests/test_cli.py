@@ -87,7 +87,8 @@ def test_config_prints_the_resolved_experiment(monkeypatch: pytest.MonkeyPatch, 
     assert stop.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["train"]["lr"] == 5e-4
-    assert shown["algorithm"]["clip_high"] == 0.28  # from base.yaml
+    assert shown["algorithm"]["correction"]["kind"] == "tis"  # from base.yaml
+    assert shown["algorithm"]["aggregation"] == "token-mean"  # what grpo implies
     assert shown["train"]["adam_beta1"] == 0.9  # a default
 
 

@@ -1,24 +1,35 @@
 """The mathematics of the policy update: pure functions on packed tensors, without torch.distributed.
 
+Each family of algorithms has a file with what is its own, the advantages or the loss of a token (`base`); `registry`
+finds them by `algorithm.name`.
+
 Packed layout: per-token tensors are flat `[tokens]`, the response tokens of all sequences of a batch one after the
 other; `lengths [batch]` are the response lengths.
 """
 
-from megatron_rl.algorithms.advantages import grpo_advantages
+from megatron_rl.algorithms.advantages import centred_rewards, grpo_advantages, whiten
 from megatron_rl.algorithms.aggregation import token_weights
+from megatron_rl.algorithms.base import PolicyAlgorithm, PolicyTokens
 from megatron_rl.algorithms.correction import TokenCorrection, correct_mismatch, mismatch_metrics
 from megatron_rl.algorithms.kl import kl_estimate
-from megatron_rl.algorithms.loss import ppo_loss
-from megatron_rl.algorithms.objective import PolicyTokens, policy_objective
+from megatron_rl.algorithms.loss import clipped_loss, ppo_loss, safe_exp
+from megatron_rl.algorithms.objective import policy_objective
+from megatron_rl.algorithms.registry import load_algorithm
 
 __all__ = [
+    "PolicyAlgorithm",
     "PolicyTokens",
     "TokenCorrection",
+    "centred_rewards",
+    "clipped_loss",
     "correct_mismatch",
     "grpo_advantages",
     "kl_estimate",
+    "load_algorithm",
     "mismatch_metrics",
     "policy_objective",
     "ppo_loss",
+    "safe_exp",
     "token_weights",
+    "whiten",
 ]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_rl.algorithms.loss import safe_exp
-from megatron_rl.config.schema import Correction
+from megatron_rl.config.algorithm import Correction
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,24 @@ def ppo_loss(
         new: log-probs of the tokens under the policy being trained; gradients flow through them.
         old: log-probs under the policy before this update, without gradients.
         advantages: one per token.
-        clip_low: lower clip range, in (0, 1).
+        clip_low: lower clip range, in (0, 1].
         clip_high: upper clip range, > 0.
         dual_clip: the bound c > 1; None: no bound.
 
     Returns:
         The loss of every token, and a mask of the tokens whose gradient the clipping removed.
     """
-    ratio = safe_exp(new - old)
+    return clipped_loss(safe_exp(new - old), advantages, clip_low, clip_high, dual_clip)
+
+
+def clipped_loss(
+    ratio: Float[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
+    """`ppo_loss` of a given ratio, through which gradients flow."""
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     plain, bounded = -ratio * advantages, -clipped_ratio * advantages
     loss = torch.maximum(plain, bounded)

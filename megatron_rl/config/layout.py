@@ -9,8 +9,9 @@ from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
+    from megatron_rl.config.algorithm import Correction
     from megatron_rl.config.rollout import Rollout
-    from megatron_rl.config.schema import Config, Correction
+    from megatron_rl.config.schema import Config
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -45,6 +46,11 @@ def check_sections(config: "Config") -> None:
     if penalty is not None and penalty.start >= rollout.max_tokens:
         raise ConfigError(
             f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
+        )
+    if config.algorithm.dynamic_sampling and rollout.precision_tail:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling={config.algorithm.dynamic_sampling} adds prompts while the engines generate, "
+            "but rollout.precision_tail has to know their number before; set one of them to 0."
         )
     _check_correction(config.algorithm.correction)
     arithmetic = data.arithmetic

@@ -1,13 +1,15 @@
 """Every key of an experiment file, with its type, default and meaning.
 
-The docstring under a field is what `megatron-rl config --explain KEY` prints. The section `rollout` has a file of its
-own. Checks that need the model's own `config.json` (heads by TP, layers by PP) are in `megatron_rl.config.layout`.
+The docstring under a field is what `megatron-rl config --explain KEY` prints. The sections `algorithm` and `rollout`
+have files of their own. Checks that need the model's own `config.json` (heads by TP, layers by PP) are in
+`megatron_rl.config.layout`.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_rl.config.algorithm import Algorithm
 from megatron_rl.config.rollout import Rollout
 from megatron_rl.config.section import Section
 
@@ -125,63 +127,6 @@ class Reward(Section):
     """Seconds after which the scoring of one response is given up and counted as 0."""
     length_penalty: LengthPenalty | None = None
     """Optional penalty for long responses, added to the score."""
-
-
-class Kl(Section):
-    """Penalty for moving away from the reference model (the policy at step 0)."""
-
-    coef: float = Field(0.0, ge=0)
-    """Weight of the penalty; 0 turns it off and loads no reference model."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimator of the KL divergence (Schulman, 'Approximating KL divergence')."""
-
-
-class Correction(Section):
-    """Correction for the difference between the engine that generated and the trainer that learns (see
-    `docs/correction.md`)."""
-
-    kind: Literal["none", "tis", "mask"] = "tis"
-    """tis: truncated importance sampling, the token loss times `min(ratio, cap)`, `ratio = exp(old - rollout)`; mask
-    (MIS, IcePop): the loss times the ratio, and no training on tokens whose ratio is outside [floor, cap]."""
-    level: Literal["token", "sequence", "geometric"] = "token"
-    """Whose ratio counts. token: the token's own; sequence: the product over the response; geometric: the geometric
-    mean over the response (for mask only)."""
-    cap: float = Field(2.0, ge=1)
-    """Largest ratio: larger ones are cut (tis) or rejected (mask)."""
-    floor: float | None = Field(None, gt=0, le=1)
-    """Smallest ratio of mask: smaller ones are rejected; null: no lower bound."""
-    veto: float | None = Field(None, gt=0, lt=1)
-    """Reject every response that has a token with a ratio below this, such as 1e-4, whatever the kind; null: none."""
-    normalize: bool = False
-    """Divide the weights by their mean over the mini-batch."""
-    reused: Literal["correct", "mask", "leave"] = "correct"
-    """Tokens that `rollout.history.mode=lenient` kept of earlier responses. correct: as fresh ones, by the current
-    engine's log-probs; mask: no training on them; leave: their ratio counts as 1."""
-
-
-class Algorithm(Section):
-    """The policy-gradient algorithm."""
-
-    name: Literal["grpo"] = "grpo"
-    """Advantage estimator: grpo, the reward relative to the group of responses to the same prompt."""
-    group_size: int = Field(8, ge=2)
-    """Responses per prompt."""
-    normalize_std: bool = True
-    """Divide the group-relative reward by the group's standard deviation."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The probability ratio is clipped at `1 - clip_low`."""
-    clip_high: PositiveFloat = 0.2
-    """The probability ratio is clipped at `1 + clip_high` (DAPO: larger than `clip_low`)."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Bound `c` of the loss for negative advantages (dual-clip PPO); null: none."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus."""
-    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
-    """How token losses become one number."""
-    kl: Kl = Kl()
-    """Penalty for moving away from the reference."""
-    correction: Correction = Correction()
-    """Train/rollout mismatch correction."""
 
 
 class Train(Section):

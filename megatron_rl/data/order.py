@@ -1,4 +1,4 @@
-"""Which prompts a step visits, and with which seeds: pure functions of the step, so resuming needs only its number."""
+"""Which prompts a step visits, and with which seeds: pure functions of numbers, so resuming needs only these."""
 
 import hashlib
 from functools import lru_cache
@@ -23,8 +23,12 @@ class PromptOrder:
     def indices(self, step: int) -> list[tuple[int, int]]:
         """(prompt index, epoch) of the prompts of `step`; steps count from 0."""
         first = step * self.prompts_per_step
-        visits = (divmod(position, self.num_prompts) for position in range(first, first + self.prompts_per_step))
-        return [(int(_permutation(self.num_prompts, self.seed, epoch)[place]), epoch) for epoch, place in visits]
+        return [self.visit(position) for position in range(first, first + self.prompts_per_step)]
+
+    def visit(self, position: int) -> tuple[int, int]:
+        """(prompt index, epoch) at a position of the whole order, counted from 0."""
+        epoch, place = divmod(position, self.num_prompts)
+        return int(_permutation(self.num_prompts, self.seed, epoch)[place]), epoch
 
 
 @lru_cache(maxsize=4)

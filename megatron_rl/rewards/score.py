@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config import ConfigError
@@ -40,11 +40,19 @@ class ScoreItem:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one response; `error` says why scoring failed, and then `value` holds only the length penalty."""
+    """The score of one response; `error` says why scoring failed, and then `value` is 0."""
 
     value: float
+    """Of the reward itself."""
     error: str | None = None
     timed_out: bool = False
+    penalty: float = 0.0
+    """For the length, <= 0."""
+
+    @property
+    def total(self) -> float:
+        """The reward to learn from."""
+        return self.value + self.penalty
 
 
 class Scorer:
@@ -99,14 +107,8 @@ class Scorer:
         penalty = self._reward.length_penalty
         if penalty is None:
             return scores
-        return [
-            Score(
-                score.value + length_penalty(item.length, penalty.start, penalty.coef, self._max_tokens),
-                score.error,
-                score.timed_out,
-            )
-            for item, score in zip(items, scores, strict=True)
-        ]
+        sizes = [length_penalty(item.length, penalty.start, penalty.coef, self._max_tokens) for item in items]
+        return [replace(score, penalty=size) for score, size in zip(scores, sizes, strict=True)]
 
     def metrics(self) -> dict[str, float]:
         """`errors` (timeouts included) and `timeouts` since the last call."""

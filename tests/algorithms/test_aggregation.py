@@ -18,6 +18,13 @@ def test_weights_by_hand_and_empty_responses_do_not_count(aggregation, expected)
     torch.testing.assert_close(token_weights(LENGTHS, aggregation), torch.tensor(expected))
 
 
+def test_the_norm_is_the_longest_response_whatever_the_others_are():
+    weights = token_weights(LENGTHS, "seq-mean-token-sum-norm", longest=8)
+    torch.testing.assert_close(weights, torch.full((6,), 1 / 3 / 8))
+    weights = token_weights(LENGTHS, "seq-mean-token-sum-norm", KEPT, 8)
+    torch.testing.assert_close(weights, torch.tensor([0, 1, 0, 1, 1, 1]) / 2 / 8)
+
+
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_nothing_but_empty_responses_have_no_weights(aggregation):
     assert token_weights(torch.tensor([0, 0]), aggregation).tolist() == []

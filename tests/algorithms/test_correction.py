@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import TokenCorrection, correct_mismatch, mismatch_metrics
-from megatron_rl.config.schema import Correction
+from megatron_rl.config.algorithm import Correction
 
 # Responses of 2, 3, 0 and 1 tokens.
 LENGTHS = torch.tensor([2, 3, 0, 1])

@@ -4,15 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_rl.algorithms import PolicyTokens, correct_mismatch, policy_objective, token_weights
-from megatron_rl.config.schema import Algorithm, Correction, Kl
+from megatron_rl.algorithms import PolicyTokens, correct_mismatch, load_algorithm, policy_objective, token_weights
+from megatron_rl.config.algorithm import Algorithm, Correction, Kl
 
-FULL = Algorithm(
-    clip_low=0.2,
-    clip_high=0.3,
-    dual_clip=3.0,
-    entropy_coef=0.1,
-    kl=Kl(coef=0.5, estimator="k2"),
+FULL = load_algorithm(
+    Algorithm(clip_low=0.2, clip_high=0.3, dual_clip=3.0, entropy_coef=0.1, kl=Kl(coef=0.5, estimator="k2"))
 )
 CORRECTIONS = [
     Correction(),
@@ -39,6 +35,7 @@ def test_all_terms_by_hand():
         ref_logprobs=new.detach() - torch.tensor([1.0, 2.0], dtype=torch.float64),
         advantages=torch.tensor([2.0, -1.0], dtype=torch.float64),
         weights=torch.tensor([0.25, 0.75], dtype=torch.float64),
+        lengths=torch.tensor([2]),
         total_tokens=4,
     )
     loss, metrics = policy_objective(tokens, FULL)
@@ -79,6 +76,7 @@ def _random_batch(lengths, aggregation, correction=CORRECTIONS[0]):
         ref_logprobs=sample(),
         advantages=torch.randn(len(lengths), generator=generator, dtype=torch.float64).repeat_interleave(lengths),
         weights=token_weights(lengths, aggregation, corrected.kept),
+        lengths=lengths,
         total_tokens=int(corrected.kept.sum()),
     )
 
@@ -174,6 +172,6 @@ def test_kl_without_reference_log_probs_is_an_error():
     batch = replace(_random_batch(torch.tensor([2]), "token-mean"), ref_logprobs=None)
     with pytest.raises(ValueError, match="ref_logprobs"):
         policy_objective(batch, FULL)
-    loss, metrics = policy_objective(batch, Algorithm())
+    loss, metrics = policy_objective(batch, load_algorithm(Algorithm()))
     assert torch.isfinite(loss)
     assert "kl" not in metrics

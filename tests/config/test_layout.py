@@ -33,6 +33,8 @@ def test_sections_must_fit_each_other():
     _refused("train.prompts_per_step=32", "train.minibatches=5", train={"minibatches": 5})
     _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
     _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
+    mixed = {"quantization": ["none", "int8"], "engines": 2, "precision_tail": 0.1}
+    _refused("algorithm.dynamic_sampling=9", "rollout.precision_tail", algorithm={"name": "dapo"}, rollout=mixed)
     _refused("reward.length_penalty.start=1024", reward={"length_penalty": {"start": 1024}})
     _refused("min_doublings", "max_doublings", data={"arithmetic": {"min_doublings": 5, "max_doublings": 2}})
     _refused("data.arithmetic.digits=3", "max_doublings=6", data={"arithmetic": {"digits": 3}})

@@ -62,7 +62,7 @@ def test_an_unknown_key_is_named_with_a_suggestion(load, override, suggestion):
         ("run_dir=5", ["run_dir=5", "string"]),
         ("data.eval=one", ["data.eval='one'", "list"]),
         ("algorithm.kl.estimator=k4", ["algorithm.kl.estimator='k4'", "'k1', 'k2' or 'k3'"]),
-        ("algorithm.clip_low=1.5", ["algorithm.clip_low=1.5", "less than 1"]),
+        ("algorithm.clip_low=1.5", ["algorithm.clip_low=1.5", "less than or equal to 1"]),
         ("train=3", ["train=3", "section"]),
         ("reward.length_penalty.coef=1", ["reward.length_penalty.start", "required"]),
     ],

@@ -76,7 +76,8 @@ def test_the_length_penalty_is_added():
     reward = Reward(name="numeric", length_penalty=LengthPenalty(start=32, coef=0.5))
     with Scorer(reward, max_tokens=64) as scorer:
         scores = scorer.score([_item("=4", length=32), _item("=4", length=48), _item("=5", length=64)])
-    assert [score.value for score in scores] == [1.0, 0.75, -0.5]
+    assert [score.total for score in scores] == [1.0, 0.75, -0.5]
+    assert [score.value for score in scores] == [1.0, 1.0, 0.0]
 
 
 def test_failing_rewards_count_zero_and_the_others_are_unharmed(user_module, caplog):

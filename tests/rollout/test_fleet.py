@@ -13,6 +13,7 @@ from megatron_rl.config import ConfigError
 from rollout.checksum import differing
 from rollout.engine import engine_arguments
 from rollout.fleet import RolloutFleet
+from rollout.records import RolloutRequest
 from rollout.vllm_options import check_vllm_options
 from rollout.weight_sync import connect, segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
@@ -58,6 +59,28 @@ def test_completions_stream_before_all_are_done(pair: RolloutFleet) -> None:
     stream = pair.generate([*short, *(replace(long, sample_index=i, seed=i) for i in range(60))])
     assert next(stream).prompt_id == "p0"
     assert len(list(stream)) == 60
+
+
+def test_prompts_asked_for_during_a_generation_are_answered_as_from_the_start(
+    fleet: RolloutFleet, pair: RolloutFleet
+) -> None:
+    requests = make_requests(8, samples=4)
+    groups = [requests[start : start + 4] for start in range(0, len(requests), 4)]
+    expected = tokens_by_key(fleet, requests)
+    for generating in (fleet, pair):
+        finished, waiting = 0, groups[5:]
+
+        def more(idle: bool) -> list[list[RolloutRequest]]:
+            # One group while the first ones run, one when they are done, and one alone at the end.
+            due = idle or finished >= 4 * (8 - len(waiting)) - 12  # noqa: B023
+            return [waiting.pop(0)] if due and waiting else []  # noqa: B023
+
+        found = {}
+        for rollout in generating.generate(requests[:20], more):
+            finished += 1
+            found[rollout.prompt_id, rollout.sample_index] = rollout.token_ids
+        assert found == expected
+        assert not waiting
 
 
 def test_a_killed_engine_is_restarted_and_the_responses_are_the_same(

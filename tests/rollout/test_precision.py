@@ -116,6 +116,17 @@ def mixed(fleets: tuple[RolloutFleet, RolloutFleet]) -> RolloutFleet:
     return fleets[0]
 
 
+def test_a_prompt_asked_for_later_has_the_precision_that_it_would_have_had(mixed: RolloutFleet) -> None:
+    groups = [REQUESTS[start : start + 4] for start in range(0, len(REQUESTS), 4)]
+    expected = values(list(mixed.generate(REQUESTS)))
+    waiting = groups[3:]
+    first = [request for group in groups[:3] for request in group]
+    rollouts = list(mixed.generate(first, lambda idle: [waiting.pop(0)] if idle and waiting else []))
+    found = values(rollouts)
+    assert {key: tokens for key, (tokens, _) in found.items()} == {key: tokens for key, (tokens, _) in expected.items()}
+    assert not waiting
+
+
 Values = dict[tuple[str, int], tuple[list[int], list[float]]]
 
 

@@ -26,16 +26,17 @@ FORMS = {
     "sequence-mask": {"kind": "mask", "level": "sequence", "floor": 0.5, "veto": 0.4},
     "geometric-mask": {"kind": "mask", "level": "geometric", "cap": 1.05, "floor": 0.95},
 }
+ALGORITHMS = ("gspo", "cispo")  # the ratio of the response, and another loss
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
-def make_config(model: Path, correction: dict, aggregation: str = "token-mean", lr: float = 1e-3) -> Config:
+def make_config(model: Path, correction: dict, lr: float = 1e-3, **algorithm: str) -> Config:
     return Config.model_validate(
         {
             "model": {"path": str(model), "precision": "fp32"},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},
-            "algorithm": {"correction": correction, "aggregation": aggregation, "entropy_coef": 0.1},
+            "algorithm": {"correction": correction, "entropy_coef": 0.1, **algorithm},
             "train": {"tokens_per_microbatch": 128, "lr": lr, "weight_decay": 0.1, "clip_grad": 1e6},
             "run_dir": "unused",
         }
@@ -47,19 +48,34 @@ def pieces(weights: PolicyWeights) -> dict[str, torch.Tensor]:
 
 
 def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
-    """Per form, aggregation and micro-batch size: metrics of an update and this rank's pieces of its gradients."""
+    """Per form, aggregation and micro-batch size: metrics of an update and this rank's pieces of its gradients.
+
+    Those of `ALGORITHMS`, in the place of an aggregation, are of a policy that has moved since the rollouts.
+    """
     gradients = PolicyWeights(trainer.model, trainer.arch)
     gradients.live = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    # A learning rate that moves no weight: all cases see the same policy.
+    configs = {
+        (form, aggregation): make_config(model, correction, lr=1e-30, aggregation=aggregation)
+        for form, correction in FORMS.items()
+        for aggregation in (AGGREGATIONS if form == "token-mask" else AGGREGATIONS[:1])
+    }
+    configs |= {
+        ("token-mask", name): make_config(model, FORMS["token-mask"], lr=1e-30, name=name) for name in ALGORITHMS
+    }
     results = {}
-    for form, correction in FORMS.items():
-        for aggregation in AGGREGATIONS if form == "token-mask" else AGGREGATIONS[:1]:
-            # A learning rate that moves no weight: all cases see the same policy.
-            config = make_config(model, correction, aggregation, lr=1e-30)
-            for tokens in (128, 1):
-                train = config.train.model_copy(update={"tokens_per_microbatch": tokens})
-                trainer.config = config.model_copy(update={"train": train})
-                results[form, aggregation, tokens] = {"metrics": trainer.update(batch), "gradients": pieces(gradients)}
+    for case, config in configs.items():
+        for tokens in (128, 1):
+            train = config.train.model_copy(update={"tokens_per_microbatch": tokens})
+            trainer.config = config.model_copy(update={"train": train})
+            metrics = trainer.update(moved(batch) if case[1] in ALGORITHMS else batch)
+            results[*case, tokens] = {"metrics": metrics, "gradients": pieces(gradients)}
     return results
+
+
+def moved(batch: Batch) -> Batch:
+    old = batch.values["old_logprobs"]
+    return with_values(batch, old_logprobs=old + 0.2 * torch.sin(torch.arange(len(old))))
 
 
 def out_of_reach(batch: Batch) -> Batch:

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.algorithms import correct_mismatch
-from megatron_rl.config.schema import Correction
+from megatron_rl.config.algorithm import Correction
 from tests.launching import run_workers
-from tests.training.correction_worker import AGGREGATIONS, FORMS
+from tests.training.correction_worker import AGGREGATIONS, ALGORITHMS, FORMS
 from tests.training.models import make_models, random_sequences
 
-CASES = [(form, aggregation) for form in FORMS for aggregation in AGGREGATIONS[: 3 if form == "token-mask" else 1]]
+CASES = [("token-mask", name) for name in ALGORITHMS]
+CASES += [(form, aggregation) for form in FORMS for aggregation in AGGREGATIONS[: 3 if form == "token-mask" else 1]]
 
 
 @pytest.fixture(scope="module")

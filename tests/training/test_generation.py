@@ -1,12 +1,14 @@
 """The driver's side of a step, with a fleet that answers in any order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.config import Config
 from megatron_rl.console import Console
+from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation import Generator
 from megatron_rl.scratch import make_scratch_model
@@ -16,7 +18,7 @@ from rollout.records import Rollout, RolloutRequest, Source, SpeculationCounts
 
 
 class EchoFleet:
-    """Answers `=1` to every request, the last request first."""
+    """Answers `=1` to every request, the last request first; what it is asked besides comes after that."""
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
@@ -25,21 +27,30 @@ class EchoFleet:
         self.precision_counts = PrecisionCounts()
         self.slept = 0
 
-    def generate(self, requests: list[RolloutRequest]) -> Iterator[Rollout]:
-        self.seen = requests
-        for request in reversed(requests):
-            yield Rollout(
-                prompt_id=request.prompt_id,
-                sample_index=request.sample_index,
-                epoch=request.epoch,
-                seed=request.seed,
-                prompt_ids=request.prompt_ids,
-                token_ids=self.answer,
-                logprobs=[-1.0] * len(self.answer),
-                finish_reason="stop",
-                policy_version=0,
-                sources=[Source.FRESH, *[Source.DRAFT] * (len(self.answer) - 1)],
-            )
+    def generate(
+        self, requests: list[RolloutRequest], more: Callable[[bool], list[list[RolloutRequest]]]
+    ) -> Iterator[Rollout]:
+        self.seen = list(requests)
+        waiting = requests
+        while waiting:
+            for request in reversed(waiting):
+                yield self.respond(request)
+            waiting = [request for group in more(True) for request in group]
+            self.seen += waiting
+
+    def respond(self, request: RolloutRequest) -> Rollout:
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            epoch=request.epoch,
+            seed=request.seed,
+            prompt_ids=request.prompt_ids,
+            token_ids=self.answer,
+            logprobs=[-1.0] * len(self.answer),
+            finish_reason="stop",
+            policy_version=0,
+            sources=[Source.FRESH, *[Source.DRAFT] * (len(self.answer) - 1)],
+        )
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
         return self.counts
@@ -57,13 +68,15 @@ def raising_reward(prompt: str, response: str, answer: str) -> float:
 
 @pytest.fixture
 def make(tmp_path: Path):
-    def build(rollout: dict | None = None, **reward: object) -> tuple[Generator, EchoFleet, Config]:
+    def build(
+        rollout: dict | None = None, algorithm: dict | None = None, **reward: object
+    ) -> tuple[Generator, EchoFleet, Config]:
         config = Config.model_validate(
             {
                 "model": {"path": str(tmp_path / "model"), "scratch": {}},
                 "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 5, "eval_size": 3}},
                 "reward": reward or {"name": "numeric"},
-                "algorithm": {"group_size": 2},
+                "algorithm": {"group_size": 2} | (algorithm or {}),
                 "train": {"prompts_per_step": 4},
                 "rollout": {"max_tokens": 16} | (rollout or {}),
                 "run_dir": str(tmp_path / "run"),
@@ -175,3 +188,91 @@ def test_the_second_epoch_takes_the_responses_of_the_first_along(make):
     assert reused >= 5 * 8 - 3 * 10
     assert generator.metrics["group/distinct_responses"] == 0.5, "the fleet always says the same, to groups of two"
     assert generator.metrics["history/responses"] == 10
+
+
+class KnowingFleet(EchoFleet):
+    """Answers the first request of some prompts right."""
+
+    def __init__(self, answer: list[int], right: dict[str, list[int]]) -> None:
+        super().__init__(answer)
+        self.right = right
+
+    def respond(self, request: RolloutRequest) -> Rollout:
+        rollout = super().respond(request)
+        if request.sample_index or request.prompt_id not in self.right:
+            return rollout
+        tokens = self.right[request.prompt_id]
+        fresh = [Source.FRESH] * len(tokens)
+        return replace(rollout, token_ids=tokens, logprobs=[-1.0] * len(tokens), sources=fresh)
+
+
+@pytest.fixture
+def sampling(make):
+    """A generator with dynamic sampling, and its fleet, which knows the answers to two of the five prompts."""
+
+    def build(extra: int) -> tuple[Generator, KnowingFleet]:
+        generator, fleet, config = make(algorithm={"dynamic_sampling": extra})
+        tokenizer = load_tokenizer(config.model.path)
+        known = sorted(generator._prompts, key=lambda prompt: prompt.prompt_id)[:2]
+        right = {prompt.prompt_id: tokenizer(f"={prompt.answer}")["input_ids"] for prompt in known}
+        generator._fleet = knowing = KnowingFleet(fleet.answer, right)
+        return generator, knowing
+
+    return build
+
+
+def test_dynamic_sampling_goes_on_through_the_order_until_the_step_is_full(sampling):
+    generator, fleet = sampling(9)
+    order = PromptOrder(5, 4, 0)
+    position = 0
+    for step in range(1, 4):
+        scored = generator.training_rollouts(step)
+        asked, kept = [], []
+        while len(kept) < 4:
+            index, epoch = order.visit(position)
+            position += 1
+            asked.append((generator._prompts[index].prompt_id, epoch))
+            kept += [asked[-1]] if asked[-1][0] in fleet.right else []
+        assert len(asked) >= 8, "two in five teach something"
+        assert [(request.prompt_id, request.epoch) for request in fleet.seen[::2]] == asked
+        assert [(rollout.prompt_id, rollout.epoch) for rollout in scored.rollouts[::2]] == kept
+        assert scored.rewards == [1.0, 0.0] * 4
+        assert generator.metrics["sampling/prompts"] == len(asked)
+        assert generator.metrics["sampling/filled_prompts"] == 0
+        assert generator.metrics["reward/mean"] == pytest.approx(2 / len(asked)), "over the dropped ones too"
+    assert generator.refills == position - 12
+
+
+def test_dynamic_sampling_resumes_where_it_was(sampling):
+    whole, fleet = sampling(9)
+    steps = [whole.training_rollouts(1)]
+    refills = whole.refills
+    assert refills > 0
+    steps.append(whole.training_rollouts(2))
+    resumed, _ = sampling(9)
+    resumed.refills = refills
+    assert resumed.training_rollouts(2) == steps[1]
+    assert resumed.refills == whole.refills
+
+
+def test_dynamic_sampling_stops_at_its_limit_and_says_so(sampling):
+    generator, fleet = sampling(1)
+    fleet.right.clear()
+    scored = generator.training_rollouts(1)
+    assert len(fleet.seen) == 16, "twice 4 prompts, 2 responses each"
+    assert [(rollout.prompt_id, rollout.epoch) for rollout in scored.rollouts] == [
+        (request.prompt_id, request.epoch) for request in fleet.seen[:8]
+    ]
+    assert generator.metrics["sampling/filled_prompts"] == 4
+    assert generator.metrics["sampling/dropped_share"] == 1
+
+
+def test_dynamic_sampling_reuses_the_responses_of_dropped_prompts(make):
+    generator, fleet, _ = make({"history": {"mode": "coupled", "refresh": 0.0}}, algorithm={"dynamic_sampling": 1})
+    generator.training_rollouts(1)  # nothing is right: 8 visits to 5 prompts
+    first = {(request.prompt_id, request.sample_index) for request in fleet.seen if request.past is None}
+    assert len(first) == 10
+    assert generator.metrics["history/responses"] == 10
+    generator.training_rollouts(2)
+    # Every prompt is visited twice at most; a second visit within a step is plain.
+    assert sum(request.past is not None for request in fleet.seen) == 10

@@ -7,8 +7,8 @@ import torch
 
 from megatron_rl.algorithms import correct_mismatch
 from megatron_rl.config import Config
+from megatron_rl.config.algorithm import Correction
 from megatron_rl.config.rollout import Rollout as RolloutOptions
-from megatron_rl.config.schema import Correction
 from megatron_rl.precision import gap_metrics, generation_metrics, warn_of_bias
 from rollout.precision import PrecisionCounts
 from rollout.records import Rollout

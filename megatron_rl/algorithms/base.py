@@ -1,0 +1,111 @@
+"""What an algorithm is: advantages from rewards, and the loss of a token."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from megatron_rl.algorithms.loss import ppo_loss
+from megatron_rl.config.algorithm import Algorithm
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The response tokens of one micro-batch, packed; only `new_logprobs` and `entropy` carry gradients."""
+
+    new_logprobs: Float[Tensor, "tokens"]
+    """Under the policy being trained."""
+    entropy: Float[Tensor, "tokens"]
+    """Of the policy being trained, in nats."""
+    old_logprobs: Float[Tensor, "tokens"]
+    """Under the trainer's weights before this step's updates."""
+    importance: Float[Tensor, "tokens"]
+    """The token's weight by `correct_mismatch` of the global mini-batch."""
+    ref_logprobs: Float[Tensor, "tokens"] | None
+    """Under the reference model; needed when `algorithm.kl.coef` > 0."""
+    advantages: Float[Tensor, "tokens"]
+    """By `PolicyAlgorithm.advantages` of the whole batch."""
+    weights: Float[Tensor, "tokens"]
+    """This micro-batch's part of `token_weights` of the global mini-batch; 0 for rejected tokens."""
+    lengths: Int[Tensor, "sequences"]
+    """Response tokens of every sequence of the micro-batch, which holds sequences whole; on the CPU."""
+    total_tokens: int
+    """Response tokens of the global mini-batch that are not rejected (what the metrics are averaged over)."""
+
+    def without_rejected(self) -> "PolicyTokens":
+        """The same with 0 in place of every value of a rejected token, so that none of them reaches a sum."""
+        rejected = self.weights == 0
+
+        def zeroed(values: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+            # Not a product with 0: that would let inf and nan through. Not an index: its size would stall a GPU.
+            return values.masked_fill(rejected, 0)
+
+        return replace(
+            self,
+            new_logprobs=zeroed(self.new_logprobs),
+            entropy=zeroed(self.entropy),
+            old_logprobs=zeroed(self.old_logprobs),
+            importance=zeroed(self.importance),
+            ref_logprobs=None if self.ref_logprobs is None else zeroed(self.ref_logprobs),
+            advantages=zeroed(self.advantages),
+        )
+
+    def sequence_mean(self, values: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+        """Each sequence's mean of `values` over its tokens that are not rejected, at every one of its tokens."""
+        kept = (self.weights != 0).to(values.dtype)
+        sequence = torch.arange(len(self.lengths)).repeat_interleave(self.lengths).to(values.device)
+        zeros = torch.zeros(len(self.lengths), dtype=values.dtype, device=values.device)
+        count = zeros.index_add(0, sequence, kept).clamp(min=1)
+        return (zeros.index_add(0, sequence, values * kept) / count)[sequence]
+
+
+class PolicyAlgorithm(ABC):
+    """Base of all algorithms, the built-in ones and those that `algorithm.name` gives as `package.module:Class`.
+
+    An algorithm is built from its settings on every rank and keeps nothing between calls, so a resumed run needs
+    nothing else. KL penalty, entropy bonus, mismatch correction and aggregation are the same for all of them.
+    """
+
+    def __init__(self, settings: Algorithm) -> None:
+        """Args: settings: the section `algorithm`.
+
+        Raises:
+            ConfigError: when a class of the user's does not like its `settings.options`.
+        """
+        self.settings = settings
+
+    @abstractmethod
+    def advantages(
+        self, rewards: Float[Tensor, "batch"], groups: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "tokens"]:
+        """The advantage of every response token of a step.
+
+        Args:
+            rewards: one per response, penalties included.
+            groups: the group (prompt) of every response; any integers, in any order.
+            lengths: response lengths in tokens.
+
+        Returns:
+            Float values, response after response.
+        """
+
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
+        """The policy loss of every token, before importance and aggregation weights; here that of PPO.
+
+        Args:
+            tokens: one micro-batch; all values of rejected tokens are 0.
+
+        Returns:
+            The loss, and a mask of the tokens whose ratio was clipped, for the metric `loss/clip_share`.
+        """
+        settings = self.settings
+        return ppo_loss(
+            tokens.new_logprobs,
+            tokens.old_logprobs,
+            tokens.advantages,
+            settings.clip_low,
+            settings.clip_high,
+            settings.dual_clip,
+        )

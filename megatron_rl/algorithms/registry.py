@@ -1,0 +1,48 @@
+"""From `algorithm.name` to the algorithm."""
+
+import importlib
+
+from megatron_rl.algorithms.base import PolicyAlgorithm
+from megatron_rl.algorithms.cispo import Cispo
+from megatron_rl.algorithms.grpo import Grpo
+from megatron_rl.algorithms.gspo import Gspo
+from megatron_rl.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
+from megatron_rl.algorithms.rloo import Rloo
+from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.errors import ConfigError
+
+BUILTIN: dict[str, type[PolicyAlgorithm]] = {
+    "grpo": Grpo,
+    "dr_grpo": Grpo,
+    "dapo": Grpo,
+    "rloo": Rloo,
+    "reinforce_pp": ReinforcePP,
+    "reinforce_pp_baseline": ReinforcePPBaseline,
+    "gspo": Gspo,
+    "cispo": Cispo,
+}
+"""What settings these have is in `megatron_rl.config.algorithm.PRESETS`."""
+
+
+def load_algorithm(settings: Algorithm) -> PolicyAlgorithm:
+    """The algorithm that `settings.name` names: built-in, or a class of the user's.
+
+    Raises:
+        ConfigError: when there is no such class, or it is not a `PolicyAlgorithm` that can be built.
+    """
+    if settings.name in BUILTIN:
+        return BUILTIN[settings.name](settings)
+    module_name, _, class_name = settings.name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise ConfigError(f"algorithm.name={settings.name}: importing {module_name} failed with {reason}.") from error
+    if not isinstance(found, type) or not issubclass(found, PolicyAlgorithm):
+        raise ConfigError(
+            f"algorithm.name={settings.name}: {module_name} has no class {class_name} derived from "
+            "megatron_rl.algorithms.PolicyAlgorithm."
+        )
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"algorithm.name={settings.name}: {class_name} does not define {', '.join(missing)}.")
+    return found(settings)

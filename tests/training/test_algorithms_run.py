@@ -1,0 +1,58 @@
+"""Whole runs by `algorithm.name`: dynamic sampling in a real fleet, and that every algorithm trains."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rl.config.algorithm import PRESETS
+from tests.rollout.tiny_models import make_model
+from tests.training.test_train import assert_same_metrics, metrics, run
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    """DAPO with two engines and two updates per step."""
+    folder = tmp_path_factory.mktemp("algorithms")
+    make_model(folder / "model", seed=3)
+    config = {
+        "model": {"path": str(folder / "model"), "precision": "fp32"},
+        "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 64, "eval_size": 4}, "eval": []},
+        "reward": {"function": "tests.training.odd_reward:one_in_four", "length_penalty": {"start": 4, "coef": 0.5}},
+        "algorithm": {"name": "dapo", "group_size": 4},
+        "train": {"steps": STEPS, "prompts_per_step": 4, "minibatches": 2, "tokens_per_microbatch": 128, "lr": 1e-3},
+        "rollout": {"engines": 2, "max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},
+        "checkpoint": {"every": 1, "keep": 1, "export_hf": False},
+        "track": {"report": False},
+        "run_dir": str(folder / "whole"),
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_run_with_dynamic_sampling_resumes_exactly(experiment: Path) -> None:
+    run(experiment)
+    whole = metrics(experiment.parent / "whole")
+    asked = [whole[step]["sampling/prompts"] for step in range(1, STEPS + 1)]
+    assert sum(asked[:2]) > 2 * 4, "no prompt was replaced before the interruption: choose another reward or seed"
+    for step in range(1, STEPS + 1):
+        assert whole[step]["sampling/dropped_share"] == pytest.approx(1 - 4 / whole[step]["sampling/prompts"])
+        assert whole[step]["sampling/filled_prompts"] == 0
+        assert whole[step]["logprob_gap/mean"] < 1e-4
+    halves = experiment.parent / "halves"
+    run(experiment, f"run_dir={halves}", "train.steps=2")
+    run(experiment, f"run_dir={halves}")
+    assert_same_metrics(metrics(halves), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_algorithm_trains(experiment: Path, name: str) -> None:
+    run_dir = experiment.parent / name
+    run(experiment, f"run_dir={run_dir}", "train.steps=1", f"algorithm.name={name}")
+    found = metrics(run_dir)[1]
+    assert found["optim/grad_norm"] > 0
+    assert ("sampling/prompts" in found) == (name == "dapo")
