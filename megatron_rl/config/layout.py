@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.evaluation import check_evaluation
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def check_sections(config: "Config") -> None:
             f"reward.length_penalty.start={penalty.start} must be smaller than rollout.max_tokens={rollout.max_tokens}."
         )
     _check_correction(config.algorithm.correction)
+    check_evaluation(config)
     arithmetic = data.arithmetic
     if arithmetic.min_doublings > arithmetic.max_doublings:
         raise ConfigError("data.arithmetic.min_doublings must not be larger than data.arithmetic.max_doublings.")

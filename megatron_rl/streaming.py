@@ -1,0 +1,17 @@
+"""Shows a generation while it runs."""
+
+import time
+from collections.abc import Iterator
+
+from megatron_rl.console import Console
+from rollout.records import Rollout
+
+
+def shown(rollouts: Iterator[Rollout], total: int, name: str, console: Console) -> Iterator[Rollout]:
+    """The same rollouts as they finish, with a progress line and their tokens per second."""
+    start, tokens = time.perf_counter(), 0
+    with console.phase(name, total) as phase:
+        for rollout in rollouts:
+            tokens += len(rollout.token_ids)
+            phase.advance(note=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+            yield rollout
