@@ -110,4 +110,5 @@ def wilson(mean: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % score interval for a share `mean` of `n` trials."""
     centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounding must not put the mean outside.
+    return min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean)
