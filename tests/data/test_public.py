@@ -11,6 +11,7 @@ from megatron_rl.config.evaluation import PUBLIC_SETS
 from megatron_rl.config.schema import Data
 from megatron_rl.data import load_prompts
 from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, read_problems
+from megatron_rl.data.rows import read_rows
 from megatron_rl.rewards.builtin import BUILTIN
 from megatron_rl.scratch import character_tokenizer
 
@@ -122,3 +123,24 @@ def test_a_public_set_is_put_to_the_model_by_its_template(tmp_path: Path) -> Non
     data = Data(templates={"gsm8k": "Q: {problem}\nA:"})
     (prompt,) = load_prompts(spec, data, tokenizer, "test", heldout=True)
     assert prompt.text == "Q: How many?\nA:"
+
+
+def test_a_file_within_a_data_set_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set" / "hard").mkdir(parents=True)
+    (tmp_path / "set" / "easy.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "set" / "hard" / "train.jsonl").write_text('{"a": 2}\n{"a": 3}\n')
+    rows = read_rows(f"{tmp_path / 'set'}:hard/train.jsonl", "data.train", "train")
+    assert [row for _, row in rows] == [{"a": 2}, {"a": 3}]
+
+
+def test_a_public_set_that_cannot_be_fetched_says_how_to_give_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'math-ai/aime25' .*Without a network, give a local copy: aime25=FILE\.$"):
+        read_problems("aime25", EVALUATION, "data.eval")
