@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.evaluation import set_name
+from megatron_rl.config.history import History
 from megatron_rl.config.load import describe
 from megatron_rl.evaluation.results import file_name
 
@@ -28,14 +29,13 @@ def for_evaluation(
             f"--checkpoint {checkpoint} holds neither *.safetensors nor megatron/metadata.json; give a folder such as "
             "run_dir/checkpoints/step_000020, run_dir/best or run_dir/hf."
         )
-    rollout = config.rollout.model_copy(update={"history": config.rollout.history.model_copy(update={"mode": "off"})})
     changed = {
         "model": config.model.model_copy(update={"path": path}),
         "data": config.data.model_copy(update={"eval": list(sets) or config.data.eval}),
         "train": config.train if seed is None else config.train.model_copy(update={"seed": seed}),
         "drafter": config.drafter.model_copy(update={"path": _drafter(config)}),
-        "rollout": rollout,
-        # Neither has a meaning here, and they may name sets of `data.eval`.
+        # There are no earlier responses; best and schedule may name other sets.
+        "rollout": config.rollout.model_copy(update={"history": History()}),
         "eval": config.eval.model_copy(update={"best": None, "schedule": {}}),
         "run_dir": str(output or Path(config.run_dir) / "eval" / Path(path).resolve().name),
     }

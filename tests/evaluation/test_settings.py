@@ -21,7 +21,7 @@ def config(tmp_path: Path) -> Config:
             "data": {"eval": ["gsm8k", "math500"]},
             "train": {"seed": 3},
             "eval": {"samples": 4, "schedule": {"math500": 5}, "best": "math500/avg_at_k"},
-            "rollout": {"max_tokens": 16, "history": {"mode": "coupled"}},
+            "rollout": {"max_tokens": 16, "history": {"mode": "lenient", "budget": {"measure": "kl", "target": 0.01}}},
             "run_dir": str(tmp_path / "run"),
         }
     )
