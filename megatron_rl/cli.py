@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.evaluation import PUBLIC_SETS
 
 app = typer.Typer(
     help="Reinforcement learning of language models with Megatron-Core actors and a vLLM rollout fleet.",
@@ -22,6 +23,8 @@ drafter_app = typer.Typer(help="The trained drafter of speculative decoding.", n
 app.add_typer(drafter_app, name="drafter")
 quantize_app = typer.Typer(help="Calibration of int8 engines.", no_args_is_help=True)
 app.add_typer(quantize_app, name="quantize")
+data_app = typer.Typer(help="Training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
@@ -64,6 +67,67 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
     overrides = overrides or []
     raise typer.Exit(launch(load_config(config, overrides), "sft", ["-c", str(config), *overrides], run))
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Checkpoint or Hugging Face folder; default: model.path.")
+    ] = None,
+    sets: Annotated[
+        str, typer.Option("--sets", help="Names, files or NAME=FILE, separated by commas; default: data.eval.")
+    ] = "",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampled responses; default: train.seed.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the results; default: RUN_DIR/eval/CHECKPOINT.")
+    ] = None,
+) -> None:
+    """Measure accuracy, avg@k, pass@k and majority@k of a policy on held-out sets; goes on where it was stopped."""
+    from megatron_rl.config import Config, load_config
+    from megatron_rl.evaluation.settings import for_evaluation
+    from megatron_rl.launch import launch
+
+    def run(settings: Config) -> None:
+        from megatron_rl.evaluation import run
+
+        run.run(settings)
+
+    overrides = overrides or []
+    settings = for_evaluation(load_config(config, overrides), checkpoint, _listed(sets), seed, output)
+    options = ["--checkpoint", str(checkpoint)] if checkpoint is not None else []
+    options += ["--sets", sets] if sets else []
+    options += ["--seed", str(seed)] if seed is not None else []
+    options += ["--output", str(output)] if output is not None else []
+    raise typer.Exit(launch(settings, "eval", ["-c", str(config), *options, *overrides], run))
+
+
+@data_app.command("prepare")
+def prepare_data(
+    name: Annotated[str, typer.Argument(help="deepmath, simplerl, eurus, gsm8k or dapo-math; NAME=FILE reads a copy.")],
+    output: Annotated[Path, typer.Option("--output", help="Parquet file to write, for data.train.")],
+    against: Annotated[
+        str, typer.Option("--against", help="Evaluation sets to compare with, as in --sets; none: no comparison.")
+    ] = ",".join(PUBLIC_SETS),
+    ngram: Annotated[int, typer.Option("--ngram", min=1, help="So many equal words in a row are an overlap.")] = 13,
+    keep_overlaps: Annotated[
+        bool, typer.Option("--keep-overlaps", help="List problems that overlap, but do not leave them out.")
+    ] = False,
+    template: Annotated[
+        str | None, typer.Option("--template", help="User message, with {problem}; default: the set's own.")
+    ] = None,
+) -> None:
+    """Write a public training set as Parquet, without duplicates and without problems of evaluation sets."""
+    from megatron_rl.console import Console
+    from megatron_rl.data.prepare import prepare
+
+    sets = [] if against == "none" else _listed(against)
+    prepare(name, output, sets, ngram, keep_overlaps, template, Console(enabled=True))
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 @app.command()

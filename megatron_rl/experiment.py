@@ -11,6 +11,7 @@ from drafter.checkpoint import save_head
 from megatron_rl import device
 from megatron_rl.algorithms import load_algorithm, mismatch_metrics
 from megatron_rl.batch import Batch
+from megatron_rl.best import best_folder, improvement, save_best
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
 from megatron_rl.console import Console
@@ -213,6 +214,18 @@ class Experiment:
             self.drafting.timeline.write(Path(self.config.run_dir))
         if self.runtime.is_driver:
             self._logger.log(step, {"time/checkpoint": time.perf_counter() - start})
+
+    def keep_best(self, step: int, metrics: Metrics) -> None:
+        """Save the policy to `run_dir/best` when, by `eval.best`, no evaluation before this one was as good.
+
+        `metrics` are those of the evaluation after `step`, on the driver.
+        """
+        if self.config.eval.best is None:
+            return
+        value = self.coordinator.drive(lambda: improvement(self.config, step, metrics))
+        if value is not None:
+            save_best(self.trainer, self.config, step, value)
+            self.console.info(f"{self.config.eval.best} = {value:.4f} is the best so far: {best_folder(self.config)}")
 
     def finish(self) -> None:
         """Export the policy and write the report."""

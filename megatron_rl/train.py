@@ -8,6 +8,7 @@ import torch
 from megatron_rl import device
 from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
+from megatron_rl.config.evaluation import due_sets
 from megatron_rl.experiment import Experiment
 from megatron_rl.trainer import is_due
 
@@ -24,12 +25,17 @@ def run(config: Config) -> None:
     experiment = Experiment(config, runtime)
     with experiment:
         if experiment.first_step == 1:
-            experiment.log(0, evaluate(experiment, 0))
+            metrics = evaluate(experiment, 0)
+            experiment.log(0, metrics)
+            experiment.keep_best(0, metrics)
         for step in range(experiment.first_step, config.train.steps + 1):
             metrics = train_step(experiment, step)
-            if is_due(step, config.eval.every, config.train.steps):
+            evaluated = bool(due_sets(config, step))
+            if evaluated:
                 metrics |= evaluate(experiment, step)
             experiment.log(step, metrics)
+            if evaluated:
+                experiment.keep_best(step, metrics)
             if is_due(step, config.checkpoint.every, config.train.steps):
                 experiment.save(step)
         experiment.finish()
@@ -69,6 +75,6 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
 
 
 def evaluate(experiment: Experiment, step: int) -> Metrics:
-    """Accuracy on the held-out sets, measured by the fleet; the metrics on the driver."""
+    """Accuracy on the held-out sets that are due, measured by the fleet; the metrics on the driver."""
     experiment.coordinator.drive(lambda: experiment.generator.evaluate(step))
     return experiment.generator.metrics if experiment.runtime.is_driver else {}

@@ -55,6 +55,16 @@ def test_convert_does_not_write_into_a_folder_with_files(tmp_path: Path) -> None
     assert_one_line_error(result, "not an empty folder")
 
 
+def test_an_evaluation_of_a_folder_without_weights_is_one_line(tmp_path: Path) -> None:
+    result = megatron_rl("eval", "-c", DEMO, "--checkpoint", str(tmp_path))
+    assert_one_line_error(result, "--checkpoint", "neither *.safetensors nor megatron/metadata.json", "run_dir/best")
+
+
+def test_an_unknown_training_set_is_one_line(tmp_path: Path) -> None:
+    result = megatron_rl("data", "prepare", "gsm9k", "--output", str(tmp_path / "train.parquet"))
+    assert_one_line_error(result, "'gsm9k'", "deepmath", "NAME=FILE")
+
+
 def test_a_file_that_is_no_profile_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     result = megatron_rl("quantize", "setup", str(tmp_path / "empty"), "--output", str(tmp_path / "int8.yaml"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.evaluation import check_evaluation
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def check_sections(config: "Config") -> None:
             "but rollout.precision_tail has to know their number before; set one of them to 0."
         )
     _check_correction(config.algorithm.correction)
+    check_evaluation(config)
     arithmetic = data.arithmetic
     if arithmetic.min_doublings > arithmetic.max_doublings:
         raise ConfigError("data.arithmetic.min_doublings must not be larger than data.arithmetic.max_doublings.")

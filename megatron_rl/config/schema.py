@@ -85,9 +85,13 @@ class Data(Section):
 
     train: str = "arithmetic"
     """`arithmetic` (built in), a `.jsonl` or `.parquet` file, or the name of a `datasets` data set
-    (`name:configuration` when it has several)."""
+    (`name:configuration`, or `name:file` with a file in it, when it has several)."""
     eval: list[str] = Field(default_factory=lambda: ["arithmetic-heldout"])
-    """Sets of held-out prompts: `arithmetic-heldout`, files, or `datasets` names."""
+    """Sets of held-out prompts: `arithmetic-heldout`, files, `datasets` names, or public sets by `NAME` or `NAME=FILE`
+    (see `docs/evaluation.md`)."""
+    templates: dict[str, str] = Field(default_factory=dict)
+    """User messages for public sets of `eval`, by their names, instead of their own; `{problem}` stands for the
+    problem."""
     split: str = "train"
     """Split to read when `train` is a `datasets` name."""
     eval_split: str = "test"
@@ -118,8 +122,9 @@ class LengthPenalty(Section):
 class Reward(Section):
     """How a response is scored."""
 
-    name: Literal["exact", "numeric", "math"] = "math"
-    """exact: the answer text is equal; numeric: the last number is equal; math: math-verify on the (boxed) answer."""
+    name: Literal["exact", "numeric", "math", "choice"] = "math"
+    """exact: the answer text is equal; numeric: the last number is equal; math: math-verify on the (boxed) answer;
+    choice: the chosen letter is equal."""
     function: str | None = None
     """A function of yours as `package.module:name`, called as `f(prompt, response, answer) -> float`, instead of
     `name`."""
@@ -198,10 +203,16 @@ class Eval(Section):
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first step and at the end."""
+    schedule: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Steps between evaluations of single sets, by their names, instead of `every`: e.g. `mmlu_stem: 100`."""
     samples: int = Field(0, ge=0)
-    """Responses per prompt for avg@k at `rollout.temperature`, beside the greedy one; 0: greedy only."""
+    """Responses per prompt at `rollout.temperature`, beside the greedy one, for avg@k, pass@k and majority@k; 0: greedy
+    only."""
     max_prompts: PositiveInt | None = None
     """Use only the first so many prompts of each set."""
+    best: str | None = None
+    """Keep the best policy in `run_dir/best`, by `SET/greedy_accuracy`, `SET/avg_at_k`, `SET/pass_at_k` or
+    `SET/majority_at_k`, or by the mean over all sets with the second half alone; null: do not."""
 
 
 class Checkpoint(Section):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_rl.config import ConfigError
 from megatron_rl.config.schema import Data
 from megatron_rl.data.arithmetic import arithmetic_problems
+from megatron_rl.data.public import EVALUATION, PROBLEM, read_problems, split_spec
 from megatron_rl.data.rows import Row, read_rows, warn_broken
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def load_prompts(
     """Read and tokenize one set of prompts.
 
     Args:
-        name: `arithmetic`, `arithmetic-heldout`, a `.jsonl` or `.parquet` file, or a `datasets` name.
+        name: `arithmetic`, `arithmetic-heldout`, a `.jsonl` or `.parquet` file, or a `datasets` name; for a held-out
+            set also `NAME` or `NAME=FILE` of a public one.
         data: the `data` section.
         tokenizer: a `transformers` tokenizer; chat messages go through its template.
         split: split of a `datasets` name.
@@ -70,7 +72,10 @@ def load_prompts(
         ConfigError: when the set cannot be read, lacks a column, or has no usable prompt.
     """
     key = "data.eval" if heldout else "data.train"
-    records = _arithmetic_records(name, data) or _file_records(name, data, key, split, needs)
+    records = _arithmetic_records(name, data)
+    if heldout and split_spec(name, EVALUATION) is not None:
+        records = _public_records(name, data, key, tokenizer.chat_template is not None)
+    records = records or _file_records(name, data, key, split, needs)
     texts = [_render(record.content, tokenizer, key, name) for record in records]
     token_ids = _encode(texts, records, tokenizer)
     prompts = [
@@ -101,6 +106,17 @@ def _arithmetic_records(name: str, data: Data) -> list[_Record]:
         return []
     problems = arithmetic_problems(data.arithmetic, data.seed, heldout=name == "arithmetic-heldout")
     return [_Record(f"{name}/{i}", p.prompt, p.answer, name, p.response) for i, p in enumerate(problems)]
+
+
+def _public_records(spec: str, data: Data, key: str, chat: bool) -> list[_Record]:
+    name = spec.partition("=")[0]
+    template = data.templates.get(name, EVALUATION[name].template)
+    records = []
+    for problem in read_problems(spec, EVALUATION, key):
+        text = template.replace(PROBLEM, problem.text)
+        content: str | list[dict[str, Any]] = [{"role": "user", "content": text}] if chat else text
+        records.append(_Record(f"{name}/{problem.index}", content, problem.answer, name, None))
+    return records
 
 
 def _file_records(name: str, data: Data, key: str, split: str, needs: Column) -> list[_Record]:

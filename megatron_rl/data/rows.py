@@ -17,15 +17,17 @@ def read_rows(name: str, key: str, split: str) -> list[tuple[str, Row]]:
     """All rows of a set, each with its place (`file:line` or `name:row`) for messages.
 
     Args:
-        name: a `.jsonl` or `.parquet` file, or a `datasets` name, `name:configuration` when it has several.
+        name: a `.jsonl` or `.parquet` file, or a `datasets` name; `name:configuration`, or `name:file` with a file in
+            it, when it has several.
         key: the config key that holds `name`, for messages.
         split: split of a `datasets` name.
 
     Raises:
         ConfigError: when there is nothing to read, with the reason.
     """
-    if name.endswith((".jsonl", ".parquet")):
-        file = Path(name)
+    file = Path(name)
+    # With a colon it may also be a file within a data set.
+    if name.endswith((".jsonl", ".parquet")) and (":" not in name or file.is_file()):
         if not file.is_file():
             raise ConfigError(f"{key}={name!r}: the file does not exist.")
         return _read_jsonl(file, key) if name.endswith(".jsonl") else _read_parquet(file, key)
@@ -76,9 +78,12 @@ def _read_parquet(file: Path, key: str) -> list[tuple[str, Row]]:
 def _read_hub(name: str, key: str, split: str) -> list[tuple[str, Row]]:
     import datasets
 
-    repository, _, configuration = name.partition(":")
+    repository, _, part = name.partition(":")
     try:
-        data = datasets.load_dataset(repository, configuration or None, split=split)
+        if part.endswith((".jsonl", ".parquet")):
+            data = datasets.load_dataset(repository, data_files={split: part}, split=split)
+        else:
+            data = datasets.load_dataset(repository, part or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"{key}={name!r} is neither a .jsonl or .parquet file nor a data set that can be loaded, split {split!r} "

@@ -11,6 +11,10 @@ NUMBER = re.compile(
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"|(?P<bare>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)"  # after a word: "x3", "5-3"
 )
+BOX = "\\boxed{"
+LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
+ANNOUNCED = re.compile(r"(?i:answer)\s*(?:is)?:?\s*\**\(?([A-J])(?![A-Za-z])")
+ALONE = re.compile(r"\s*\**\(?([A-J])\)?[.:]?\**\s*")
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
@@ -65,6 +69,45 @@ def math(prompt: str, response: str, answer: str) -> float:
     return float(verify(gold, parse(final, parsing_timeout=None), timeout_seconds=None))
 
 
+def boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}` in `text`, or None without one that is closed."""
+    start = text.rfind(BOX)
+    if start < 0:
+        return None
+    depth = 1
+    for place in range(start + len(BOX), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + len(BOX) : place]
+    return None
+
+
+def last_letter(text: str) -> str | None:
+    """The letter A to J that a text chooses: the last one in its last box, else the one after the last `answer is` or
+    `answer:`, else the text itself. None when it chooses none."""
+    box = boxed(text)
+    if box is not None:
+        letters = LETTER.findall(box)
+        return letters[-1] if letters else None
+    announced = ANNOUNCED.findall(text)
+    if announced:
+        return str(announced[-1])
+    alone = ALONE.fullmatch(text)
+    return alone[1] if alone else None
+
+
+def choice(prompt: str, response: str, answer: str) -> float:
+    """Is the chosen letter (see `last_letter`) the answer's?
+
+    Raises:
+        ValueError: when the answer is not one letter.
+    """
+    expected = last_letter(answer)
+    if expected is None:
+        raise ValueError(f"the reference answer {answer!r} is no letter")
+    return float(last_letter(response) == expected)
+
+
 def length_penalty(length: int, start: int, coef: float, max_tokens: int) -> float:
     """0 up to `start` tokens, then linearly down to `-coef` at `max_tokens` (DAPO, arXiv 2503.14476, equation 13).
 
@@ -78,6 +121,6 @@ def length_penalty(length: int, start: int, coef: float, max_tokens: int) -> flo
     return -coef * excess / (max_tokens - start)
 
 
-BUILTIN = {"exact": exact, "numeric": numeric, "math": math}
-INLINE = ("exact", "numeric")
+BUILTIN = {"exact": exact, "numeric": numeric, "math": math, "choice": choice}
+INLINE = ("exact", "numeric", "choice")
 """These take microseconds and cannot hang: they run in the calling process."""

@@ -35,7 +35,7 @@ def experiment(tmp_path_factory) -> Path:
         "algorithm": {"group_size": 4, "kl": {"coef": 0.01}, "entropy_coef": 0.001, "dual_clip": 3.0},
         "train": {"steps": STEPS, "prompts_per_step": 4, "minibatches": 2, "tokens_per_microbatch": 128, "lr": 1e-3},
         "rollout": {"max_tokens": 24, "verify_weights": True, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},
-        "eval": {"samples": 2},
+        "eval": {"samples": 2, "best": "greedy_accuracy"},
         "checkpoint": {"every": 1, "keep": 2},
         "track": {"wandb": {"mode": "offline"}},
         "run_dir": str(folder / "whole"),
@@ -83,6 +83,15 @@ def test_run_logs_exact_behaviour_and_learns_something(whole: Path):
         assert steps[step]["reward/errors"] == steps[step]["reward/timeouts"] == 0
     assert steps[STEPS]["loss/kl"] > 1e-5, "the policy must have moved away from the reference"
     assert not [name for name in steps[STEPS] if name.startswith("drafter/")], "no run pays for a drafter unasked"
+
+
+def test_run_keeps_the_best_policy_by_its_evaluations(whole: Path):
+    measured = {step: values.get("eval/arithmetic-heldout/greedy_accuracy") for step, values in metrics(whole).items()}
+    evaluated = {step: value for step, value in measured.items() if value is not None}
+    best = json.loads((whole / "best" / "driver" / "best.json").read_text())
+    first = min(step for step, value in evaluated.items() if value == max(evaluated.values()))
+    assert best == {"metric": "greedy_accuracy", "value": evaluated[first], "step": first}
+    assert (whole / "best" / "megatron" / "metadata.json").is_file() and (whole / "best" / "config.json").is_file()
 
 
 def test_run_leaves_config_report_plots_and_wandb_file(whole: Path):
