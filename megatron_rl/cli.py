@@ -22,6 +22,8 @@ drafter_app = typer.Typer(help="The trained drafter of speculative decoding.", n
 app.add_typer(drafter_app, name="drafter")
 quantize_app = typer.Typer(help="Calibration of int8 engines.", no_args_is_help=True)
 app.add_typer(quantize_app, name="quantize")
+launch_app = typer.Typer(help="Files that start an experiment on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
@@ -205,6 +207,45 @@ def set_up_quantization(
     from megatron_rl.quantize import setup
 
     setup(profile, output, Rollout().quantization_max_error if max_error is None else max_error, skip or [])
+
+
+@launch_app.callback()
+def launch_help() -> None:
+    """With a single command, typer would leave out its name."""
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes of the job.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node; 0: a CPU machine.", min=0)] = 8,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes-per-node", help="Trainer processes of a node without GPUs.", min=1),
+    ] = None,
+    time: Annotated[str, typer.Option("--time", help="Time limit in Slurm's notation.")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option("--partition", help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Account to charge.")] = None,
+    grace: Annotated[
+        int, typer.Option("--grace", help="Seconds before the time limit at which the run saves and is requeued.")
+    ] = 600,
+    sbatch: Annotated[
+        list[str] | None, typer.Option("--sbatch", help="One more option for sbatch, e.g. --qos=high; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File to write; default: RUN_DIR/slurm/job.sbatch.")
+    ] = None,
+) -> None:
+    """Check the experiment against so many nodes, and write the sbatch file that trains it on them."""
+    from megatron_rl.config import load_config
+    from megatron_rl.slurm import Job, describe, node_roles, write_job
+
+    overrides = overrides or []
+    settings = load_config(config, overrides)
+    job = Job(nodes, gpus, processes or gpus or 1, time, partition, account, grace, tuple(sbatch or []))
+    file = write_job(settings, job, ["-c", str(config.resolve()), *overrides], output)
+    typer.echo(f"{describe(settings, job, node_roles(settings, job))}\nsbatch {file}")
 
 
 @app.command()
