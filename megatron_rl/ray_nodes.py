@@ -30,7 +30,7 @@ def wait_for_nodes(count: int, seconds: float) -> None:
             reason = str(error).splitlines()[0]
         time.sleep(POLL_SECONDS)
     raise TimeoutError(
-        f"Ray has {len(alive)} of {count} nodes after {seconds:.0f} s ({reason}); see the ray-*.log of the others."
+        f"Ray has {len(alive)} of {count} nodes after {seconds:.0f} s ({reason}); see the ray-worker-*.log."
     )
 
 

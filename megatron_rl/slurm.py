@@ -148,12 +148,12 @@ def _count(nodes: int) -> str:
 
 def _options(job: Job, run_dir: Path) -> list[str]:
     options = [
-        f"--job-name={run_dir.name}",
+        f"--job-name={shlex.quote(run_dir.name)}",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.processes_per_node}",
         "--exclusive",
         f"--time={job.time}",
-        f"--output={run_dir}/slurm/%j.log",
+        f"--output={shlex.quote(f'{run_dir}/slurm/%j.log')}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:TERM@{job.grace_s}",

@@ -44,12 +44,12 @@ trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
 # SIGTERM that Slurm sends to all tasks is for the trainers: Ray has to last until they have finished their step.
 ray_node='trap "" TERM; env --unset RAY_ADDRESS "$PYTHON" -m ray.scripts.scripts start --block --disable-usage-stats "$@"'
 export PYTHON
-start ray-head 0 1 1 ray-%N.log bash -c "$ray_node" ray --head --port "$ray_port" --include-dashboard=false \
+start ray-head 0 1 1 ray-head.log bash -c "$ray_node" ray --head --port "$ray_port" --include-dashboard=false \
   ${HEAD_GPUS:+--num-gpus "$HEAD_GPUS"}
 steps+=($!)
 first=$RAY_WORKERS_FROM count=$((${#hosts[@]} - RAY_WORKERS_FROM))
 if [ "$count" -gt 0 ]; then
-  start ray-workers "$first" "$count" 1 ray-%N.log bash -c "$ray_node" ray --address "$RAY_ADDRESS" \
+  start ray-workers "$first" "$count" 1 ray-worker-%n.log bash -c "$ray_node" ray --address "$RAY_ADDRESS" \
     ${GPUS:+--num-gpus "$GPUS"}
   steps+=($!)
 fi
