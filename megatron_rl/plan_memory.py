@@ -47,18 +47,25 @@ def model_parameters(arch: Architecture) -> int:
     return stage_parameters(arch, 1, 1, 0)
 
 
-def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, width: int) -> float:
+def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, width: int, fused: bool = True) -> float:
     """Bytes that one layer keeps for its backward pass, per token; `width`: bytes of an activation.
 
-    Inputs of the two norms and of the linear layers behind them, queries and keys before their norms (Qwen3), queries,
-    keys, values and output of a fused attention kernel, and the feed-forward layer's four: both halves of the first
-    layer's output, the activated half, and their product. Follows Korthikanti et al. (arXiv 2205.05198), section 4, for
-    layers with grouped queries, gated feed-forward and flash attention.
+    Follows Korthikanti et al. (arXiv 2205.05198), section 4, for layers with grouped queries, rotary positions and a
+    gated feed-forward layer. `fused`: with Transformer Engine's norms and attention; otherwise with those of torch, as
+    on a CPU, which keep more.
     """
-    hidden = 4 * arch.hidden_size / (tp if sequence_parallel else 1)
+    hidden = arch.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp
-    attention = 2 * queries + 2 * keys + (queries + keys if arch.qk_norm else 0)
-    return width * (hidden + attention + 4 * arch.ffn_hidden_size / tp)
+    # Output of the first layer (two halves), the activated half, the other with its offset, and their product.
+    feed_forward = 5 * arch.ffn_hidden_size / tp
+    # Projections (values are a view of them), queries and keys with their positions, output.
+    attention = (queries + 2 * keys) + (queries + keys) + queries
+    if fused:
+        return width * (4 * hidden + attention + feed_forward)  # input and output of the two norms
+    # The norms keep what they multiply with their weights; attention unpacks, and repeats keys and values.
+    norms = 6 * hidden + (2 * (queries + keys) if arch.qk_norm else 0)
+    attention = (queries + 2 * keys) + 4 * queries + queries + 4 * arch.head_dim
+    return width * (norms + attention + feed_forward)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,9 @@ class Memory:
         ]
 
 
-def trainer_memory(config: Config, arch: Architecture, dp: int, microbatches: int, stage: int) -> Memory:
+def trainer_memory(
+    config: Config, arch: Architecture, dp: int, microbatches: int, stage: int, fused: bool = True
+) -> Memory:
     """Memory of a trainer's GPU of `stage`, without an engine.
 
     Args:
@@ -106,6 +115,7 @@ def trainer_memory(config: Config, arch: Architecture, dp: int, microbatches: in
         dp: data-parallel replicas.
         microbatches: of one optimizer step and replica; a stage holds no more of them at once.
         stage: 0 .. pp_size - 1.
+        fused: see `layer_activations`.
     """
     tp, pp = config.parallel.tp_size, config.parallel.pp_size
     width = 4 if config.model.precision == "fp32" else 2
@@ -115,7 +125,7 @@ def trainer_memory(config: Config, arch: Architecture, dp: int, microbatches: in
     optimizer = parameters * (8 if width == 4 else 12) / dp
     tokens = config.train.tokens_per_microbatch
     layers = arch.layers // pp
-    per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width)
+    per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width, fused)
     in_flight = min(pp - stage, microbatches)  # 1F1B
     if config.model.megatron.get("recompute_granularity") == "full":
         # Each layer keeps its input, and one at a time is computed again.
