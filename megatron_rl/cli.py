@@ -249,6 +249,29 @@ def launch_slurm(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100-80, h100 or h200.")] = "h100",
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Mean length of prompts; default: half the limit.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option("--response-tokens", help="Mean length of responses; default: half the limit.")
+    ] = None,
+) -> None:
+    """Show what the experiment needs on GPUs: memory by part, pipeline, weight sync, expected speed and its limit."""
+    from megatron_rl.config import load_config
+    from megatron_rl.plan import plan as print_plan
+    from megatron_rl.slurm import Job
+
+    settings = load_config(config, overrides or [])
+    print_plan(settings, Job(nodes, gpus, gpus), gpu, prompt_tokens, response_tokens)
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine has, and what that means for a run."""
     from megatron_rl.doctor import examine

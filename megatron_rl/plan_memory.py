@@ -70,7 +70,7 @@ def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, widt
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU of the fullest pipeline stage."""
+    """Bytes of one GPU of a trainer, without an engine beside it."""
 
     stage: int
     weights: float
@@ -80,8 +80,6 @@ class Memory:
     reference: float
     activations: float
     logits: float
-    engine: float
-    """What vLLM takes for weights, keys and values together, of a colocated engine; 0 for a separate one."""
     runtime: float
 
     @property
@@ -99,7 +97,6 @@ class Memory:
             ("reference model", self.reference),
             ("activations", self.activations),
             ("logits", self.logits),
-            ("engine", self.engine),
             ("runtime", self.runtime),
         ]
 
@@ -145,7 +142,6 @@ def trainer_memory(
         reference=width * parameters if config.algorithm.kl.coef > 0 else 0.0,
         activations=activations,
         logits=logits,
-        engine=0.0,
         runtime=RUNTIME_BYTES,
     )
 
