@@ -60,12 +60,18 @@ def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, widt
     feed_forward = 5 * arch.ffn_hidden_size / tp
     # Projections (values are a view of them), queries and keys with their positions, output.
     attention = (queries + 2 * keys) + (queries + keys) + queries
-    if fused:
-        return width * (4 * hidden + attention + feed_forward)  # input and output of the two norms
-    # The norms keep what they multiply with their weights; attention unpacks, and repeats keys and values.
-    norms = 6 * hidden + (2 * (queries + keys) if arch.qk_norm else 0)
-    attention = (queries + 2 * keys) + 4 * queries + queries + 4 * arch.head_dim
-    return width * (norms + attention + feed_forward)
+    norms = 2 * norm_activations(hidden, width, fused)
+    if not fused:
+        # It unpacks all four with keys and values repeated, and keeps the tables of positions.
+        attention += 4 * queries + 4 * arch.head_dim
+        if arch.qk_norm:  # in float32, for bf16 also a copy of what comes in
+            norms += (4 if width == 4 else 8) * (queries + keys)
+    return norms + width * (attention + feed_forward)
+
+
+def norm_activations(hidden: float, width: int, fused: bool) -> float:
+    """Bytes that a norm keeps per token: input and output, without fusion in float32 what it multiplies, too."""
+    return 2 * width * hidden if fused else (4 + 4 + width) * hidden
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,14 @@ CONF
   exit 1
 }
 
-# By the process ids that the daemons have written, and no other.
+# By the process ids that the daemons have written, and no other; jobs first, which would outlive them.
 stop() {
+  export SLURM_CONF=$folder/slurm.conf
+  squeue --noheader --format %i | xargs --no-run-if-empty scancel
+  for _ in {1..30}; do
+    [ -n "$(squeue --noheader)" ] || break
+    sleep 1
+  done
   for name in slurmd-n0 slurmd-n1 slurmctld munged; do
     if [ -e "$folder/$name.pid" ]; then kill "$(cat "$folder/$name.pid")" 2> /dev/null || true; fi
   done

@@ -134,9 +134,9 @@ def test_training_on_two_nodes_learns_and_resumes_after_sigterm(cluster, base_mo
         return [int(record["step"]) for record in records() if "reward/mean" in record]
 
     job = submit(tmp_path, base_model, f"train.steps={STEPS}", "eval.every=0", "eval.samples=0", "checkpoint.every=0")
-    wait_until("three steps", lambda: len(steps()) >= 3 or state(job) != "RUNNING", 300)
+    wait_until("three steps", lambda: len(steps()) >= 3, 400)
     ask("scancel", "--batch", "--signal", "TERM", job)
-    wait_until("the second start", lambda: "resuming after step" in log(tmp_path, job, 1, "rank-0.log"), 180)
+    wait_until("the second start", lambda: "resuming after step" in log(tmp_path, job, 1, "rank-0.log"), 400)
     wait_until("the end", lambda: state(job) == "COMPLETED", 300)
     assert "stopped after step" in log(tmp_path, job, 0, "rank-0.log")
     assert steps() == list(range(1, STEPS + 1)), "no step lost, none done twice"

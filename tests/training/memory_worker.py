@@ -14,7 +14,7 @@ from megatron_rl import device
 from megatron_rl.batch import Batch
 from megatron_rl.config import Config
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.plan_memory import trainer_memory
+from megatron_rl.plan_memory import norm_activations, trainer_memory
 from megatron_rl.trainer import Trainer
 
 TOKENS = 256
@@ -82,6 +82,8 @@ def main() -> None:
     planned = trainer_memory(config, arch, dp, microbatches=1, stage=stage, fused=False)
     # Half of the tokens are responses, and the gradient of the logits is not kept for a backward pass.
     kept = planned.activations + planned.logits / 4
+    if stage == pp - 1:  # the last norm, too small for the plan
+        kept += TOKENS * norm_activations(arch.hidden_size, 4 if precision == "fp32" else 2, fused=False)
     expected = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer")} | {"activations": kept}
     (output / f"rank{runtime.rank}.json").write_text(json.dumps([measure(trainer), expected]))
     device.shutdown()
