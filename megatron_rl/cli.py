@@ -25,6 +25,8 @@ quantize_app = typer.Typer(help="Calibration of int8 engines.", no_args_is_help=
 app.add_typer(quantize_app, name="quantize")
 data_app = typer.Typer(help="Training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+launch_app = typer.Typer(help="Files that start an experiment on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Experiment file (YAML).")]
 Overrides = Annotated[
@@ -269,6 +271,68 @@ def set_up_quantization(
     from megatron_rl.quantize import setup
 
     setup(profile, output, Rollout().quantization_max_error if max_error is None else max_error, skip or [])
+
+
+@launch_app.callback()
+def launch_help() -> None:
+    """With a single command, typer would leave out its name."""
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes of the job.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node; 0: a CPU machine.", min=0)] = 8,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes-per-node", help="Trainer processes of a node without GPUs.", min=1),
+    ] = None,
+    time: Annotated[str, typer.Option("--time", help="Time limit in Slurm's notation.")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option("--partition", help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Account to charge.")] = None,
+    grace: Annotated[
+        int, typer.Option("--grace", help="Seconds before the time limit at which the run saves and is requeued.")
+    ] = 600,
+    sbatch: Annotated[
+        list[str] | None, typer.Option("--sbatch", help="One more option for sbatch, e.g. --qos=high; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File to write; default: RUN_DIR/slurm/job.sbatch.")
+    ] = None,
+) -> None:
+    """Check the experiment against so many nodes, and write the sbatch file that trains it on them."""
+    from megatron_rl.config import load_config
+    from megatron_rl.slurm import Job, describe, node_roles, write_job
+
+    overrides = overrides or []
+    settings = load_config(config, overrides)
+    job = Job(nodes, gpus, processes or gpus or 1, time, partition, account, grace, tuple(sbatch or []))
+    file = write_job(settings, job, ["-c", str(config.resolve()), *overrides], output)
+    typer.echo(f"{describe(settings, job, node_roles(settings, job))}\nsbatch {file}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100-80, h100 or h200.")] = "h100",
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Mean length of prompts; default: half the limit.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option("--response-tokens", help="Mean length of responses; default: half the limit.")
+    ] = None,
+) -> None:
+    """Show what the experiment needs on GPUs: memory by part, pipeline, weight sync, expected speed and its limit."""
+    from megatron_rl.config import load_config
+    from megatron_rl.plan import plan as print_plan
+    from megatron_rl.slurm import Job
+
+    settings = load_config(config, overrides or [])
+    print_plan(settings, Job(nodes, gpus, gpus), gpu, prompt_tokens, response_tokens)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console as Terminal
@@ -36,8 +36,9 @@ COUNTS_WORTH_A_NOTE = {
 class Phase:
     """Progress of one phase of a step; use it as a context manager."""
 
-    def __init__(self, terminal: Terminal | None, name: str, total: int) -> None:
+    def __init__(self, terminal: Terminal | None, name: str, total: int, on_progress: Callable[[str], None]) -> None:
         self._terminal, self._name, self._total = terminal, name, total
+        self._on_progress = on_progress
         self._done = 0
         self._progress: Progress | None = None
         self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
@@ -73,6 +74,7 @@ class Phase:
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more of the phase's items are done; `note` is shown beside them, e.g. a speed."""
         self._done += count
+        self._on_progress(f"{self._name} {self._done}/{self._total}")
         if self._progress is not None:
             self._progress.update(self._task, advance=count, note=note)
         elif self._terminal is not None and time.monotonic() >= self._next_line:
@@ -85,14 +87,21 @@ class Phase:
 class Console:
     """The output of one trainer process; all but the driver's are silent (`enabled=False`)."""
 
-    def __init__(self, enabled: bool, terminal: Terminal | None = None) -> None:
-        """`terminal` is where to print, standard output when left out."""
+    def __init__(
+        self,
+        enabled: bool,
+        terminal: Terminal | None = None,
+        on_progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`terminal` is where to print, standard output when left out; `on_progress` hears of it, printed or not."""
+        self._on_progress = on_progress
         self._terminal = (terminal or Terminal()) if enabled else None
         self._rows = 0
 
     def phase(self, name: str, total: int) -> Phase:
         """A progress line for a phase of `total` items: `with console.phase("generating", 256) as phase: ...`."""
-        return Phase(self._terminal, name, total)
+        self._on_progress(f"{name} 0/{total}")
+        return Phase(self._terminal, name, total, self._on_progress)
 
     def info(self, text: str) -> None:
         """Print one line."""

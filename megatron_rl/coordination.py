@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_rl.device import Runtime
+from megatron_rl.health import WAITING
 
 Result = TypeVar("Result")
 
@@ -17,8 +18,9 @@ class Coordinator:
     (`call`), such as sending weights to an engine that was restarted.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, enter_phase: Callable[[str], None] = lambda name: None) -> None:
+        """`enter_phase` is told on every rank when it begins to drive, or to wait for the driver."""
+        self._runtime, self._enter_phase = runtime, enter_phase
         self._actions: dict[str, Callable[[], None]] = {}
         self._driving = False
         self.wait: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
@@ -30,6 +32,7 @@ class Coordinator:
 
     def drive(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the driver alone and return its (picklable) result on every rank."""
+        self._enter_phase("driving" if self._runtime.is_driver else WAITING)
         if self._runtime.is_driver:
             self._driving = True
             result = work()

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_rl.device import Runtime
 from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation import Generator
 from megatron_rl.heads import folder_for_engines, initial_head
+from megatron_rl.health import Pulse, shared_store
 from megatron_rl.metrics import MetricsLogger
 from megatron_rl.models.weights import export_hf
 from megatron_rl.precision import gap_metrics, warn_of_bias
@@ -37,10 +38,11 @@ REFILLS = "refills"  # in checkpoints: how far dynamic sampling has moved the or
 
 
 class Clock:
-    """Seconds per phase of the current step."""
+    """Seconds per phase of the current step; `enter_phase` is told the name of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter_phase: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: Metrics = {}
+        self._enter_phase = enter_phase
         self._started = time.perf_counter()
 
     def start(self) -> None:
@@ -51,6 +53,7 @@ class Clock:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block as `time/<name>`."""
+        self._enter_phase(name)
         start = time.perf_counter()
         yield
         self.seconds[f"time/{name}"] = time.perf_counter() - start
@@ -70,11 +73,13 @@ class Experiment:
             ConfigError: when the config does not fit the model, the machine, the data or an earlier run.
         """
         self.config, self.runtime = config, runtime
-        self.clock, self.console = Clock(), Console(runtime.is_driver)
+        self.pulse = Pulse(runtime.rank, runtime.world_size, shared_store(), config.train.hang_timeout_s)
+        self.clock = Clock(self.pulse.enter)
+        self.console = Console(runtime.is_driver, on_progress=self.pulse.beat)
         self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
         environment = device.engine_environment(config, start.vocab_limit)
-        self.coordinator = Coordinator(runtime)
+        self.coordinator = Coordinator(runtime, self.pulse.enter)
         self.weight_sync: WeightSync
         self.fleet: RolloutFleet | None = None
         if runtime.is_driver:  # engines start while the trainer is built
@@ -131,6 +136,7 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.pulse.close()
         self.weight_sync.shutdown()
         if self.fleet is not None:
             self.generator.close()
@@ -202,6 +208,7 @@ class Experiment:
 
     def save(self, step: int) -> None:
         """Checkpoint after `step`, whose metrics are already logged, and write the drafter's timeline."""
+        self.pulse.enter("checkpoint")
         start = time.perf_counter()
         learned: dict[str, Any] | None = None
         if self.fleet is not None:
@@ -229,6 +236,7 @@ class Experiment:
 
     def finish(self) -> None:
         """Export the policy and write the report."""
+        self.pulse.enter("finishing")
         run_dir = Path(self.config.run_dir)
         if self.config.checkpoint.export_hf:
             export_hf(self.trainer.weights, self.config.model.path, run_dir / "hf")

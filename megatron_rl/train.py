@@ -10,6 +10,7 @@ from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
 from megatron_rl.config.evaluation import due_sets
 from megatron_rl.experiment import Experiment
+from megatron_rl.preemption import StopRequest
 from megatron_rl.trainer import is_due
 
 Metrics = dict[str, float]
@@ -18,12 +19,15 @@ Metrics = dict[str, float]
 def run(config: Config) -> None:
     """Train the policy as `config` says, from the start or from the newest checkpoint of `config.run_dir`.
 
+    After SIGTERM the run saves at the end of the step and returns; started again, it goes on from there.
+
     Raises:
         ConfigError: when the config does not fit the machine, the model, the data or an earlier run.
     """
     runtime = device.initialize(config)
     experiment = Experiment(config, runtime)
     with experiment:
+        stop = StopRequest(runtime)
         if experiment.first_step == 1:
             metrics = evaluate(experiment, 0)
             experiment.log(0, metrics)
@@ -36,9 +40,15 @@ def run(config: Config) -> None:
             experiment.log(step, metrics)
             if evaluated:
                 experiment.keep_best(step, metrics)
-            if is_due(step, config.checkpoint.every, config.train.steps):
+            stopping = stop.agreed()
+            if stopping or is_due(step, config.checkpoint.every, config.train.steps):
                 experiment.save(step)
-        experiment.finish()
+            if stopping:
+                experiment.console.info(f"stopped after step {step}, as SIGTERM asked; started again, the run goes on")
+                break
+        else:
+            experiment.finish()
+        stop.close()
     device.shutdown()
 
 

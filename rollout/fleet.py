@@ -129,6 +129,7 @@ class RolloutFleet:
         options: dict[str, Any] = {
             "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
             "num_gpus": self._environment.gpus,
+            "scheduling_strategy": "SPREAD",  # over the nodes, where Ray's default fills the first one
             "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
             "runtime_env": {"env_vars": _engine_variables(self._environment)},
         }

@@ -98,6 +98,14 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_progress_is_told_also_by_silent_ranks() -> None:
+    heard: list[str] = []
+    console = Console(False, on_progress=heard.append)
+    with console.phase("training", 8) as phase:
+        phase.advance(3)
+    assert heard == ["training 0/8", "training 3/8"]
+
+
 def test_a_failure_inside_a_phase_gets_out() -> None:
     console, _ = make(True)
     with pytest.raises(KeyError), console.phase("generating", 8):

@@ -165,6 +165,9 @@ class Train(Section):
     """Seed of the run: rollout sampling and random initial weights derive from it."""
     threads: PositiveInt | None = None
     """CPU threads per trainer process; null: the machine's cores divided by its trainer processes."""
+    hang_timeout_s: PositiveFloat | None = 3600.0
+    """Seconds without any progress (no micro-batch, no finished response, no new phase) after which `train` names the
+    trainer process and the phase that hang, writes all stacks to the logs, and ends; null: never."""
 
 
 class Drafter(Section):

@@ -156,6 +156,24 @@ def test_run_survives_the_death_of_its_engine_and_nothing_changes(experiment: Pa
     assert_same_metrics(metrics(run_dir), metrics(whole))
 
 
+def test_sigterm_to_one_rank_saves_and_the_run_goes_on(experiment: Path, whole: Path):
+    run_dir = experiment.parent / "terminated"
+    overrides = (f"run_dir={run_dir}", "checkpoint.every=0")
+    process = start(experiment, *overrides)
+    deadline = time.monotonic() + 200
+    while '"step": 1,' not in _read(run_dir / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline, _read(experiment.parent / "log.txt")[-4000:]
+        time.sleep(0.02)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0, _read(experiment.parent / "log.txt")[-6000:]
+    assert "as SIGTERM asked" in _read(experiment.parent / "log.txt")
+    assert not (run_dir / "hf").exists(), "the run has not come to its end"
+    run(experiment, *overrides)
+    assert (run_dir / "hf").exists()
+    assert_same_metrics(metrics(run_dir), metrics(whole))
+
+
 def assert_same_metrics(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
     assert sorted(found) == sorted(expected)
     for step, values in expected.items():
