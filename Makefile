@@ -3,6 +3,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .PHONY: demo test test-all lint sanitize clean setup
 
+# Importing torch, vLLM and megatron-core from source alone takes ten seconds more in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
 PACKAGES := .venv/.packages
