@@ -28,7 +28,7 @@ class EchoFleet:
         self.slept = 0
 
     def generate(
-        self, requests: list[RolloutRequest], more: Callable[[bool], list[list[RolloutRequest]]]
+        self, requests: list[RolloutRequest], more: Callable[[bool], list[list[RolloutRequest]]] = lambda idle: []
     ) -> Iterator[Rollout]:
         self.seen = list(requests)
         waiting = requests
