@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_rl.console import Console
 from megatron_rl.overlap import Overlap
 from megatron_rl.pool import Pool
+from megatron_rl.weight_sync import WeightSync
 from rollout.records import Rollout, RolloutRequest
 from tests.training.test_pool import PROMPTS, SAMPLES, ask, make_config, numbers, respond
 
@@ -153,3 +155,10 @@ def test_what_goes_wrong_in_the_thread_ends_the_run(make) -> None:
         time.sleep(0.05)
         overlap.pause()
         overlap.take(2)
+
+
+def test_an_engine_that_needs_all_ranks_is_not_restored_while_they_train() -> None:
+    sync = WeightSync.__new__(WeightSync)
+    sync._config, sync._backend, sync._fleet = make_config(async_steps=1), "nccl", object()  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match="engine 3 died while the trainer works"):
+        thread.submit(sync.restore, 3).result()
