@@ -69,6 +69,7 @@ class Overlap:
             while not self.pool.is_ready(step):
                 if generation.done():
                     generation.result()
+                    raise RuntimeError(f"the engines have nothing left to do, but step {step} lacks responses.")
                 answered = min(self.pool.answered(step), total)
                 if answered > shown:
                     phase.advance(answered - shown)
