@@ -34,6 +34,7 @@ from rollout.records import Rollout
 Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
 HISTORY = "history"  # in checkpoints: earlier responses
+POOL = "pool"  # in checkpoints: responses that are under way
 REFILLS = "refills"  # in checkpoints: how far dynamic sampling has moved the order of the prompts
 
 
@@ -107,6 +108,8 @@ class Experiment:
             self.generator = Generator(config, start.tokenizer, self.fleet, self.console)
             if start.resumed:
                 self.generator.refills = load_driver_state(config.run_dir, start.resumed, REFILLS) or 0
+            if start.resumed and (under_way := load_tensors(config.run_dir, start.resumed, POOL)):
+                self._restore_pool(under_way)
             if start.resumed and (earlier := load_tensors(config.run_dir, start.resumed, HISTORY)):
                 self._restore_history(earlier)
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
@@ -119,6 +122,10 @@ class Experiment:
     def _restore_history(self, state: dict[str, Any]) -> None:
         if not self.generator.reuse.restore(state):
             self.console.info("earlier responses are not reused: they were sampled with other options")
+
+    def _restore_pool(self, state: dict[str, Any]) -> None:
+        if self.generator.overlap is None or not self.generator.overlap.pool.restore(state):
+            self.console.info("responses that were under way are dropped: they were sampled with other options")
 
     def _build_drafting(self, resumed: int) -> Drafting:
         head = initial_head(self.config, frozen_policy(self.trainer.weights, self.trainer.vocab_limit))
@@ -156,6 +163,11 @@ class Experiment:
                 phase.advance()
 
             yield report
+
+    def pause_generation(self) -> None:
+        """Stop the engines where they generate beside training: what follows needs them."""
+        if self.runtime.is_driver and self.generator.overlap is not None:
+            self.generator.overlap.pause()
 
     def feeding_drafter(self, batch: Batch, step: int) -> contextlib.AbstractContextManager[None]:
         """Around a pass over the step's rollouts: the drafter, if there is one, learns from it."""
@@ -216,6 +228,8 @@ class Experiment:
         tensors = {CHECKPOINT_NAME: self.drafting.state()} if self.drafting is not None else {}
         if self.runtime.is_driver and self.config.rollout.history.mode != "off":
             tensors[HISTORY] = self.generator.reuse.state()
+        if self.runtime.is_driver and self.generator.overlap is not None:
+            tensors[POOL] = self.generator.overlap.pool.state()
         save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned, tensors)
         if self.drafting is not None:
             self.drafting.timeline.write(Path(self.config.run_dir))

@@ -9,6 +9,7 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.config.evaluation import due_sets, set_name
+from megatron_rl.config.overlap import asking
 from megatron_rl.console import Console
 from megatron_rl.data.order import PromptOrder, rollout_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
@@ -16,6 +17,8 @@ from megatron_rl.diversity import group_diversity
 from megatron_rl.evaluation.evaluator import Evaluator, load_set
 from megatron_rl.evaluation.statistics import Estimate, summarize
 from megatron_rl.history import Reuse
+from megatron_rl.overlap import Overlap
+from megatron_rl.pool import Pool
 from megatron_rl.precision import generation_metrics
 from megatron_rl.refill import DynamicSampling, Group
 from megatron_rl.rewards.score import Score, ScoreItem, Scorer
@@ -70,6 +73,10 @@ class Generator:
         self._evaluator = Evaluator(config, tokenizer, fleet, console, list(self._heldout.values()), self._scorer)
         self.reuse = Reuse(config)
         """Earlier responses."""
+        self.overlap: Overlap | None = None
+        """Of a run whose responses may outlast a step."""
+        if asking(config.rollout):
+            self.overlap = Overlap(config, Pool(config, self._numbered), fleet, console)
         self.metrics: dict[str, float] = {}
         """What the last call measured."""
         self.watch: Watch = lambda rollouts, total: rollouts
@@ -78,8 +85,6 @@ class Generator:
     def training_rollouts(self, step: int) -> ScoredRollouts:
         """Rollouts of step `step` (counted from 1): `algorithm.group_size` of each of its prompts."""
         config = self._config
-        self._fleet.take_speculation_counts()  # those of an evaluation
-        self._fleet.take_precision_counts()
         self._take_reward_metrics()
         start = time.perf_counter()
         groups, chosen, sampling = self._generate_groups(step)
@@ -93,8 +98,8 @@ class Generator:
             for group in groups:
                 group.scores = [next(scores) for _ in group.requests]
         rewards = [score.total for group in groups for score in group.scores]
-        self.metrics = self._take_reward_metrics() | asleep | sampling | {"time/generate": seconds}
-        self.metrics |= _rollout_metrics(rollouts, rewards, seconds)
+        self.metrics = self._take_reward_metrics() | asleep | {"time/generate": seconds}
+        self.metrics |= _rollout_metrics(rollouts, rewards, seconds) | sampling
         if len(set(config.rollout.precisions)) > 1:
             precisions = self._fleet.take_precision_counts()
             self.metrics |= generation_metrics(rollouts, precisions, config.rollout)
@@ -105,8 +110,11 @@ class Generator:
         return ScoredRollouts.of(chosen)
 
     def _generate_groups(self, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
-        """The step's prompts with their rollouts; those to learn from; and what dynamic sampling, which scores them,
-        measured."""
+        """The step's prompts with their rollouts; those to learn from; and what dynamic sampling, which scores them, or
+        overlap measured."""
+        if self.overlap is not None:
+            taken, measured = self.overlap.take(step)
+            return taken, taken, measured
         algorithm, wanted = self._config.algorithm, self._config.train.prompts_per_step
         first = (step - 1) * wanted + self.refills
 
@@ -124,6 +132,11 @@ class Generator:
             self._generate(_requests(refill.groups), refill)
         self.refills += len(refill.groups) - wanted
         return refill.groups, refill.chosen(), refill.metrics()
+
+    def _numbered(self, number: int) -> Group:
+        """The group with a number in a `Pool`."""
+        step = number // self._config.train.prompts_per_step + 1
+        return self._group(step, number + self.refills, further=True)
 
     def _group(self, step: int, position: int, further: bool) -> Group:
         """The requests for the prompt at a position of the whole order; `further`: not the first one of the step."""
@@ -163,6 +176,9 @@ class Generator:
             for name, value in named_by_k(summary, self._config.eval.samples).items():
                 results[f"eval/{set_name(spec)}/{name}"] = value
         self.metrics = results | {"time/eval": time.perf_counter() - start}
+        # What follows are those of training.
+        self._fleet.take_speculation_counts()
+        self._fleet.take_precision_counts()
 
     def _generate(self, requests: list[RolloutRequest], refill: DynamicSampling | None = None) -> list[Rollout]:
         """Responses in the order of `requests`; those that `refill` asks for besides stay with it."""
@@ -208,7 +224,9 @@ class Generator:
         return {"time/reward": seconds, **counts}
 
     def close(self) -> None:
-        """End the reward workers."""
+        """End the reward workers, and generation beside training."""
+        if self.overlap is not None:
+            self.overlap.close()
         self._evaluator.close()
         self._scorer.close()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms import TokenCorrection, mismatch_metrics
 from megatron_rl.config import Config
+from megatron_rl.config.overlap import asking
 from megatron_rl.config.rollout import Rollout as RolloutOptions
 from rollout.precision import PrecisionCounts
 from rollout.records import Rollout
@@ -18,9 +19,16 @@ Metrics = dict[str, float]
 
 
 def warn_of_bias(config: Config) -> None:
-    """One line in the log when engines sample from another distribution than the trainer's and nothing corrects it."""
+    """A line in the log when engines sample from another distribution than the trainer's and nothing corrects it."""
+    if config.algorithm.correction.kind != "none":
+        return
+    if setting := asking(config.rollout):
+        log.warning(
+            f"{setting} with algorithm.correction.kind=none: older policies have sampled the tokens and nothing "
+            "corrects it; set algorithm.correction.kind=tis, or watch staleness/mean and correction/kl."
+        )
     quantized = [precision for precision in config.rollout.precisions if precision != "none"]
-    if quantized and config.algorithm.correction.kind == "none":
+    if quantized:
         log.warning(
             f"rollout.quantization={quantized[0]} with algorithm.correction.kind=none: engines and trainer disagree "
             "about the policy and nothing corrects it; set algorithm.correction.kind=tis, or watch logprob_gap/mean."

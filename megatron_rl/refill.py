@@ -46,7 +46,7 @@ class DynamicSampling:
         self._wanted, self._limit, self._ask, self._score = wanted, limit, ask, score
         self.groups = [ask(number) for number in range(wanted)]
         """Asked for so far, in their order."""
-        self._unfinished = {_visit(group.requests[0]): group for group in self.groups}
+        self._unfinished = {visit(group.requests[0]): group for group in self.groups}
         self._scoring: set[Future[Group]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dynamic-sampling")
 
@@ -58,10 +58,10 @@ class DynamicSampling:
 
     def add(self, rollout: Rollout) -> None:
         """Take a finished response of one of the groups."""
-        group = self._unfinished[_visit(rollout)]
+        group = self._unfinished[visit(rollout)]
         group.rollouts[rollout.sample_index] = rollout
         if len(group.rollouts) == len(group.requests):
-            del self._unfinished[_visit(rollout)]
+            del self._unfinished[visit(rollout)]
             self._scoring.add(self._thread.submit(self._finish, group))
 
     def _finish(self, group: Group) -> Group:
@@ -85,7 +85,7 @@ class DynamicSampling:
             return []
         group = self._ask(len(self.groups))
         self.groups.append(group)
-        self._unfinished[_visit(group.requests[0])] = group
+        self._unfinished[visit(group.requests[0])] = group
         return [group]
 
     def chosen(self) -> list[Group]:
@@ -108,6 +108,6 @@ class DynamicSampling:
         }
 
 
-def _visit(item: RolloutRequest | Rollout) -> tuple[str, int]:
+def visit(item: RolloutRequest | Rollout) -> tuple[str, int]:
     """What the responses of a group have in common: a step may visit a prompt in two epochs."""
     return item.prompt_id, item.epoch

@@ -77,6 +77,7 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
         update = trainer.update(batch, progress)
 
     with clock.phase("weight_sync"):
+        experiment.pause_generation()
         sync = experiment.weight_sync.sync(step)
 
     drafts = experiment.train_drafter(batch, step)

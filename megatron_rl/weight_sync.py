@@ -1,6 +1,7 @@
 """Hands the trainer's weights to the fleet, proves that they arrived, and says how fast."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,10 +115,19 @@ class WeightSync:
         return metrics
 
     def restore(self, engine: int) -> None:
-        """Give a restarted engine the current weights; the fleet calls this on the driver."""
+        """Give a restarted engine the current weights; the fleet calls this on the driver.
+
+        Raises:
+            RuntimeError: with ipc and nccl, which need all ranks, while they train beside the generation.
+        """
         assert self._fleet is not None
         if self._backend == "shm":
             self._connection.resend(self._fleet.client([engine]))
+        elif self._config.rollout.async_steps and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                f"rollout engine {engine} died while the trainer works, and over {self._backend} all trainer processes "
+                "together have to give it the weights; start the job again, it resumes."
+            )
         else:
             self._restarted = [engine]
             self._coordinator.call("restore a restarted engine")

@@ -173,7 +173,7 @@ class RolloutEngine:
     def submit(self, requests: list[RolloutRequest]) -> None:
         """Queue requests; none of them, with a ValueError, when one does not fit the engine's length or vocabulary.
 
-        One that another engine has begun goes on after these tokens, and its rollout has the new ones alone. Noise
+        One that has begun elsewhere or earlier goes on after its tokens, and its rollout has the new ones alone. Noise
         belongs to places in the sequence, so nothing else has to be said about where it goes on.
         """
         from vllm import SamplingParams
@@ -281,6 +281,7 @@ class RolloutEngine:
             policy_version=self._policy_version,
             sources=sources,
             precisions=[(self._precision, len(tokens))],
+            versions=[(self._policy_version, len(tokens))],
         )
 
     @property
@@ -340,14 +341,16 @@ class RolloutEngine:
         seconds: float = self._llm.collective_rpc("take_verify_seconds")[0]
         return seconds
 
-    def abort_all(self) -> None:
-        """Forget all requests that have not finished."""
+    def take_unfinished(self) -> list[Rollout]:
+        """End all requests; returns what there is of those that have begun, with finish reason "unfinished"."""
+        from vllm.v1.engine import FinishReason
+
+        states = self._llm.output_processor.request_states
+        running = [states[self._internal_names[name]] for name in self._running]
+        outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in running]
         self._llm.abort_request(list(self._running))
-        if self._speculates:
-            for name in self._running:
-                self._scheduler.take_sources(self._internal_names[name], 0)
-        self._running.clear()
-        self._internal_names.clear()
+        ended = [dataclasses.replace(self._rollout(output), finish_reason="unfinished") for output in outputs]
+        return [rollout for rollout in ended if rollout.token_ids]
 
     def init_weight_transfer_engine(self, request: Any) -> None:
         """vLLM's weight-sync protocol; `request` is its `WeightTransferInitRequest`."""

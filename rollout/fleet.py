@@ -7,7 +7,6 @@ fleet.shutdown()
 
 import itertools
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -18,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from torch import Tensor
 
-from megatron_rl.config import Config, ConfigError
-from rollout import plugin
-from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
+from megatron_rl.config import Config
+from rollout.engine import EngineEnvironment, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
 from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, go_on, join, key_of
+from rollout.ray_processes import create_engine, start_ray, wait_until_up
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 if TYPE_CHECKING:
@@ -37,16 +36,12 @@ logger = logging.getLogger(__name__)
 # Long enough that the calls cost nothing beside the generation, short enough for completions to stream.
 POLL_SECONDS = 0.25
 
-# For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
-# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
-_HEADS_IN_STORE = 2
-
 _STOP_SECONDS = 10.0
 
-More = Callable[[bool], list[list[RolloutRequest]]]
+More = Callable[[bool], list[list[RolloutRequest]] | None]
 """Asked again and again during a generation, with whether nothing is left to do: the requests of a further prompt, of
-the next one, ... A generation is over when nothing is left and nothing comes."""
+the next one, ... A generation is over when nothing is left and nothing comes. None ends it now: what has begun comes as
+far as it is, with finish reason "unfinished", and what has not does not come."""
 
 
 @dataclass
@@ -111,9 +106,9 @@ class RolloutFleet:
         self._sleep_level, self._asleep = rollout.sleep, False
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
+            start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
         self._engines = [
-            EngineState(index, self._create_actor(index), max_requests=0, precision=precision)
+            EngineState(index, create_engine(environment, self._arguments[index]), max_requests=0, precision=precision)
             for index, precision in enumerate(rollout.precisions)
         ]
         self._starts = [engine.actor.start.remote() for engine in self._engines]
@@ -123,26 +118,7 @@ class RolloutFleet:
     def wait_until_up(self) -> None:
         """Wait for engines that were started without `wait`. Raises as the constructor does."""
         for engine, start in zip(self._engines, self._starts, strict=True):
-            engine.max_requests = self._wait_until_up(engine.index, start)
-
-    def _create_actor(self, index: int) -> Any:
-        options: dict[str, Any] = {
-            "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
-            "num_gpus": self._environment.gpus,
-            "scheduling_strategy": "SPREAD",  # over the nodes, where Ray's default fills the first one
-            "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
-            "runtime_env": {"env_vars": _engine_variables(self._environment)},
-        }
-        return ray.remote(RolloutEngine).options(**options).remote(*self._arguments[index])
-
-    def _wait_until_up(self, index: int, start: Any) -> int:
-        try:
-            max_requests: int = ray.get(start)
-            return max_requests
-        except ConfigError as error:
-            raise ConfigError(str(error.cause)) from None  # type: ignore[attr-defined]  # Ray adds a traceback to it
-        except RayError as error:
-            raise RuntimeError(f"Rollout engine {index} did not start: {error}") from error
+            engine.max_requests = wait_until_up(engine.index, start)
 
     def generate(self, requests: list[RolloutRequest], more: More = lambda idle: []) -> Generator[Rollout]:
         """Generate all responses, yielding each as it finishes. Keys (prompt id, sample index, epoch) are unique.
@@ -203,6 +179,9 @@ class RolloutFleet:
             while True:
                 idle = not any(backlog.values()) and not any(engine.running for engine in self._engines)
                 further = more(idle)
+                if further is None:
+                    yield from self._stop(polls)
+                    break
                 if idle and not further:
                     break
                 for group in further:
@@ -250,13 +229,22 @@ class RolloutFleet:
             self._counts.add(engine.precision, time.perf_counter() - engine.busy_since)
         return finished
 
+    def _stop(self, polls: dict[Any, EngineState]) -> list[Rollout]:
+        """What has finished since it was collected last, and what has begun; the engines are left idle."""
+        stopped = [rollout for poll, engine in polls.items() for rollout in self._collect(engine, poll)]
+        polls.clear()
+        for engine in self._engines:
+            if engine.running:
+                stopped += self._collect(engine, engine.actor.take_unfinished.remote())
+        return stopped
+
     def _abandon(self, polls: list[Any]) -> None:
         """Leave the engines idle, also when the caller stopped early or an error is on its way up."""
         for engine in self._engines:
             if engine.running:
                 engine.running.clear()
                 engine.submitted.clear()
-                polls.append(engine.actor.abort_all.remote())
+                polls.append(engine.actor.take_unfinished.remote())
         if polls:
             ray.wait(polls, num_returns=len(polls))
 
@@ -270,8 +258,8 @@ class RolloutFleet:
                 f"{self._max_restarts} allows; look for the cause (memory?) in Ray's logs of its process."
             )
         logger.warning("Rollout engine %d died; restarting it (%d/%d).", index, engine.restarts, self._max_restarts)
-        engine.actor = self._create_actor(index)
-        self._wait_until_up(index, engine.actor.start.remote())
+        engine.actor = create_engine(self._environment, self._arguments[index])
+        wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
         if self._head is not None:
             ray.get(engine.actor.update_drafter.remote(*self._head))
@@ -390,33 +378,3 @@ class RolloutFleet:
         self._head = None
         if self._owns_ray:
             ray.shutdown()
-
-
-def _start_ray(head_bytes: int = 0) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads."""
-    # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
-    )
-
-
-def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
-    """Environment of an engine's process: the plugin's settings, and where to import this package from."""
-    source = str(Path(__file__).resolve().parent.parent)
-    search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
-    return {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        **environment.env,
-        "PYTHONPATH": os.pathsep.join(search_path),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        plugin.ENABLE: "1",
-        plugin.VOCAB_LIMIT: str(environment.vocab_limit),
-    }

@@ -98,11 +98,12 @@ def _head(rollout: Rollout, length: int) -> Rollout:
         logprobs=rollout.logprobs[:length],
         sources=rollout.sources[:length],
         precisions=[(precision, length)],
+        versions=[(rollout.policy_version, length)],
     )
 
 
 def go_on(request: RolloutRequest, begun: Rollout) -> RolloutRequest:
-    """What is left of a request whose response has begun elsewhere.
+    """What is left of a request whose response has begun elsewhere, or earlier.
 
     Of the sample's earlier response, what comes after the tokens that it has in common with the new one: none where it
     differs already.
@@ -116,11 +117,12 @@ def go_on(request: RolloutRequest, begun: Rollout) -> RolloutRequest:
 
 
 def join(begun: Rollout, rest: Rollout) -> Rollout:
-    """A response of which one engine sampled the beginning and another one the rest."""
+    """A response of which the beginning was sampled elsewhere, or earlier, than the rest."""
     return replace(
         rest,
         token_ids=begun.token_ids + rest.token_ids,
         logprobs=begun.logprobs + rest.logprobs,
         sources=begun.sources + rest.sources,
         precisions=begun.precisions + rest.precisions,
+        versions=begun.versions + rest.versions,
     )

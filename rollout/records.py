@@ -48,7 +48,7 @@ class RolloutRequest:
     max_tokens: int
     temperature: float  # 0 means greedy
     ignore_eos: bool = False  # go on to max_tokens: for benchmarks of a given length
-    begun: list[int] = field(default_factory=list)  # tokens of the response that another engine has sampled
+    begun: list[int] = field(default_factory=list)  # tokens of the response that were sampled elsewhere or earlier
     past: Past | None = None  # what to draft from; with the same seed, or a lenience, it is expected to come again
     lenience: float | None = None  # keep `past` by the lenient rule of `rollout.verify`, up to its first rejection
 
@@ -64,11 +64,13 @@ class Rollout:
     prompt_ids: list[int]
     token_ids: list[int]  # ends with the stop token when finish_reason is "stop"
     logprobs: list[float]  # one per token, of the distribution that was sampled (temperature and masks applied)
-    finish_reason: str  # "stop" | "length"
-    policy_version: int
+    finish_reason: str  # "stop" | "length" | "unfinished": it is to go on, see `rollout.fleet.More`
+    policy_version: int  # of the weights that sampled the last token
     sources: list[Source] = field(default_factory=list)  # one per token
     precisions: list[tuple[str, int]] = field(default_factory=list)
     """Whose tokens they are, in order: (entry of `rollout.quantization` of the engine, number of tokens)."""
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """By which weights they were sampled, in order: (policy version, number of tokens)."""
 
 
 @dataclass

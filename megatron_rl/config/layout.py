@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.evaluation import check_evaluation
+from megatron_rl.config.overlap import check_overlap
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def check_sections(config: "Config") -> None:
     _check_quantization(config)
     _check_sleep(rollout)
     _check_history(config)
+    check_overlap(config)
     penalty = config.reward.length_penalty
     if penalty is not None and penalty.start >= rollout.max_tokens:
         raise ConfigError(

@@ -83,6 +83,14 @@ class Rollout(Section):
     """Compute the logits in float32, also in bf16 engines. The output layer is never quantized."""
     weight_sync: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """How weights reach the engines: shm (shared memory, CPU), ipc (colocated GPUs), nccl (separate GPUs)."""
+    async_steps: int = Field(0, ge=0)
+    """Steps by which generation may be ahead of training, so that the two overlap (see `docs/async.md`). 0: none, each
+    step's responses are sampled with the newest weights; n: with weights up to n updates older."""
+    partial: bool = False
+    """A step begins as soon as enough prompts are answered; responses that are not finished then go on in the next one.
+    Their first tokens are of older weights (see `docs/async.md`)."""
+    partial_share: PositiveFloat = 0.25
+    """For partial: prompts under way beyond those that a step needs, as a share of `train.prompts_per_step`."""
     verify_weights: bool = False
     """After every sync compare checksums of the engines' weights with the trainer's, and stop when they differ."""
     max_restarts: int = Field(3, ge=0)

@@ -144,7 +144,7 @@ def test_an_abort_in_the_middle_leaves_the_next_requests_alone(
         engine.submit(requests)
         for _ in range(6):
             engine._step()
-        engine.abort_all()
+        engine.take_unfinished()
 
     ray.get(engines["eagle"].apply.remote(abort_half_way, group_requests()))
     assert_same(generate(engines["eagle"], group_requests(64)), expected[:64])

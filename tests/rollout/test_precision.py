@@ -248,4 +248,4 @@ def test_an_engine_with_requests_does_not_sleep(mixed: RolloutFleet) -> None:
     ray.get(mixed.call(0, "submit", REQUESTS[:1]))
     with pytest.raises(RuntimeError, match="1 requests are still running"):
         ray.get(mixed.call(0, "sleep", 1))
-    ray.get(mixed.call(0, "abort_all"))
+    ray.get(mixed.call(0, "take_unfinished"))

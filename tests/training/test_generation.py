@@ -28,14 +28,14 @@ class EchoFleet:
         self.slept = 0
 
     def generate(
-        self, requests: list[RolloutRequest], more: Callable[[bool], list[list[RolloutRequest]]]
+        self, requests: list[RolloutRequest], more: Callable[[bool], list[list[RolloutRequest]]] = lambda idle: []
     ) -> Iterator[Rollout]:
         self.seen = list(requests)
         waiting = requests
         while waiting:
             for request in reversed(waiting):
                 yield self.respond(request)
-            waiting = [request for group in more(True) for request in group]
+            waiting = [request for group in more(True) or [] for request in group]
             self.seen += waiting
 
     def respond(self, request: RolloutRequest) -> Rollout:
@@ -276,3 +276,19 @@ def test_dynamic_sampling_reuses_the_responses_of_dropped_prompts(make):
     generator.training_rollouts(2)
     # Every prompt is visited twice at most; a second visit within a step is plain.
     assert sum(request.past is not None for request in fleet.seen) == 10
+
+
+def test_a_step_ahead_has_the_prompts_seeds_and_rewards_that_it_has_without(make):
+    (plain, _, _), (ahead, fleet, _) = make(), make({"async_steps": 1})
+    assert plain.overlap is None
+    for step in range(1, 5):
+        expected, scored = plain.training_rollouts(step), ahead.training_rollouts(step)
+        assert [(r.prompt_id, r.sample_index, r.epoch, r.seed) for r in scored.rollouts] == [
+            (r.prompt_id, r.sample_index, r.epoch, r.seed) for r in expected.rollouts
+        ]
+        assert scored.rewards == expected.rewards
+        assert ahead.metrics["reward/mean"] == plain.metrics["reward/mean"]
+        ahead.overlap.pause()
+    assert {(r.prompt_id, r.epoch) for r in fleet.seen}.isdisjoint({(r.prompt_id, r.epoch) for r in scored.rollouts})
+    for generator in (plain, ahead):
+        generator.close()
