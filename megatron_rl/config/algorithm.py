@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce_pp_baseline": {},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean"},
     "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+    "ppo": {},
 }
 """Built-in algorithms, and the keys of the section whose defaults they change; `docs/algorithms.md` has the sources."""
 
@@ -29,6 +30,26 @@ class Kl(Section):
     """Weight of the penalty; 0 turns it off and loads no reference model."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of the KL divergence (Schulman, 'Approximating KL divergence')."""
+    place: Literal["loss", "reward"] = "loss"
+    """loss: a term of the loss; reward: taken off the reward of every token, for algorithms with a critic (ppo) only,
+    usually with estimator k1."""
+
+
+class Critic(Section):
+    """The critic of `ppo`: a second model with the policy's shape and layout, which starts from the policy's weights
+    and gives each token one number instead of logits."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of its own optimizer; schedule, decay and clipping are those of `train`."""
+    clip: PositiveFloat | None = 0.2
+    """How far an update may move a value, in units of the reward; null: no bound."""
+    warmup_steps: int = Field(0, ge=0)
+    """First RL steps, which train the critic alone."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """Lambda of generalized advantage estimation. 1: the reward that follows less the critic's value; smaller: less
+    variance, more of the critic's errors. With the reward at the end, the first of n tokens sees `lam^n` of it."""
 
 
 class Correction(Section):
@@ -58,7 +79,7 @@ class Algorithm(Section):
     """The policy-gradient algorithm (see `docs/algorithms.md`). The name decides the defaults of some other keys."""
 
     name: str = "grpo"
-    """grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, or a class of yours as
+    """grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, ppo, or a class of yours as
     `package.module:Class`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What a class of yours wants to know; the built-in algorithms take nothing here."""
@@ -66,7 +87,7 @@ class Algorithm(Section):
     """Responses per prompt."""
     normalize_std: bool = True
     """Divide the group-relative reward by the group's standard deviation (dr_grpo: false; rloo and reinforce_pp* have
-    rules of their own)."""
+    rules of their own); ppo: normalize the advantages over all response tokens of the step."""
     clip_low: float = Field(0.2, gt=0, le=1)
     """The probability ratio is clipped at `1 - clip_low`; 1: no lower bound (gspo: 3e-4; cispo: 1)."""
     clip_high: PositiveFloat = 0.2
@@ -85,6 +106,8 @@ class Algorithm(Section):
     times `train.prompts_per_step` in a step (dapo: 9); 0: no replacement."""
     kl: Kl = Kl()
     """Penalty for moving away from the reference."""
+    critic: Critic = Critic()
+    """The critic, for algorithms that have one (ppo)."""
     correction: Correction = Correction()
     """Train/rollout mismatch correction."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rl.algorithms import PolicyAlgorithm, load_algorithm
+from megatron_rl.algorithms import CriticAlgorithm, PolicyAlgorithm, load_algorithm
 from megatron_rl.algorithms.registry import BUILTIN
 from megatron_rl.config import ConfigError
 from megatron_rl.config.algorithm import PRESETS, Algorithm
@@ -18,6 +18,13 @@ class Signs(PolicyAlgorithm):
 
 class Unfinished(PolicyAlgorithm):
     """Has no advantages."""
+
+
+class OneStep(CriticAlgorithm):
+    """An algorithm of a user that needs a critic: the reward of the token less its value."""
+
+    def estimate(self, rewards, values, lengths):
+        return rewards - values, rewards
 
 
 def test_every_name_has_settings_and_a_class():
@@ -45,6 +52,17 @@ def test_a_class_of_the_user_is_built_with_its_options():
     lengths = torch.tensor([2, 0, 1])
     result = algorithm.advantages(torch.tensor([0.5, 1.0, -2.0]), torch.zeros(3, dtype=torch.long), lengths)
     assert result.tolist() == [3.0, 3.0, -3.0]
+
+
+def test_a_class_of_the_user_may_need_a_critic_and_take_the_kl_off_its_rewards():
+    settings = Algorithm(name="tests.algorithms.test_registry:OneStep", kl={"coef": 0.1, "place": "reward"})
+    assert isinstance(load_algorithm(settings), OneStep)
+
+
+@pytest.mark.parametrize("name", ["grpo", "tests.algorithms.test_registry:Signs"])
+def test_a_kl_penalty_in_the_reward_needs_rewards_of_tokens(name):
+    with pytest.raises(ConfigError, match="kl.place=reward needs an algorithm with rewards of tokens.*set place to"):
+        load_algorithm(Algorithm(name=name, kl={"coef": 0.1, "place": "reward"}))
 
 
 @pytest.mark.parametrize(
