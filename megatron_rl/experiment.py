@@ -9,7 +9,7 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import CriticAlgorithm, load_algorithm, mismatch_metrics
+from megatron_rl.algorithms import load_algorithm, mismatch_metrics, needs_critic
 from megatron_rl.algorithms.step import reward_kl
 from megatron_rl.batch import Batch
 from megatron_rl.best import best_folder, improvement, save_best
@@ -99,7 +99,7 @@ class Experiment:
         self.trainer = Trainer(config, runtime, *model)
         self.reference = Policy(config, runtime, *model) if config.algorithm.kl.coef > 0 else None
         self.critic: Critic | None = None
-        if isinstance(self.algorithm, CriticAlgorithm):
+        if needs_critic(config.algorithm):
             self.critic = Critic(config, runtime, start.arch)
             self.trainer.total_updates -= config.algorithm.critic.warmup_steps * config.train.minibatches
         if start.resumed:

@@ -14,7 +14,7 @@ from megatron_rl.algorithms.correction import TokenCorrection, correct_mismatch,
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.loss import clipped_loss, ppo_loss, safe_exp
 from megatron_rl.algorithms.objective import policy_objective
-from megatron_rl.algorithms.registry import load_algorithm
+from megatron_rl.algorithms.registry import load_algorithm, needs_critic
 from megatron_rl.algorithms.step import step_advantages
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "kl_estimate",
     "load_algorithm",
     "mismatch_metrics",
+    "needs_critic",
     "policy_objective",
     "ppo_loss",
     "safe_exp",

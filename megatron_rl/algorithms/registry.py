@@ -42,6 +42,15 @@ def load_algorithm(settings: Algorithm) -> PolicyAlgorithm | CriticAlgorithm:
     return found(settings)
 
 
+def needs_critic(settings: Algorithm) -> bool:
+    """Whether a critic is trained beside the policy.
+
+    Raises:
+        ConfigError: as `load_algorithm`.
+    """
+    return isinstance(load_algorithm(settings), CriticAlgorithm)
+
+
 def _users_class(settings: Algorithm) -> type[PolicyAlgorithm | CriticAlgorithm]:
     module_name, _, class_name = settings.name.partition(":")
     try:

@@ -52,14 +52,14 @@ def main() -> None:
     trainer, critic = Trainer(config, runtime, arch, VOCAB, 1.0), Critic(config, runtime, arch)
     batch = Batch(*random_sequences(12))
     at_first = critic.values(batch)
-    done = latest_step(run_dir)
-    if done:
-        load_checkpoint(trainer, run_dir, done, critic)
-    elif critic.model.post_process:
+    if critic.model.post_process:
         with torch.no_grad():
             critic.model.output_layer.weight.copy_(head_weights())
     before, metrics = critic.values(batch), []
     batch = with_values(batch, values=before, returns=fixed_returns(batch.tokens))
+    done = latest_step(run_dir)
+    if done:
+        load_checkpoint(trainer, run_dir, done, critic)
     for step in range(done or 0, steps):
         metrics.append(critic.update(batch))
         trainer.imitate(batch)
