@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.section import Section
@@ -21,6 +21,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {},
 }
 """Built-in algorithms, and the keys of the section whose defaults they change; `docs/algorithms.md` has the sources."""
+
+
+WITHOUT_GROUPS = ("reinforce_pp", "ppo")
+"""Those that do not compare the responses to one prompt."""
 
 
 class Kl(Section):
@@ -83,8 +87,8 @@ class Algorithm(Section):
     `package.module:Class`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What a class of yours wants to know; the built-in algorithms take nothing here."""
-    group_size: int = Field(8, ge=2)
-    """Responses per prompt."""
+    group_size: PositiveInt = 8
+    """Responses per prompt; 1 only where they are not compared with each other (ppo, reinforce_pp)."""
     normalize_std: bool = True
     """Divide the group-relative reward by the group's standard deviation (dr_grpo: false; rloo and reinforce_pp* have
     rules of their own); ppo: normalize the advantages over all response tokens of the step."""
@@ -126,6 +130,12 @@ class Algorithm(Section):
                 raise ConfigError(
                     f"algorithm.options has {', '.join(self.options)}, but algorithm.name={self.name} takes no "
                     "options; leave them out."
+                )
+            if self.group_size == 1 and (self.dynamic_sampling or self.name not in WITHOUT_GROUPS):
+                reason = "dynamic_sampling" if self.name in WITHOUT_GROUPS else f"name={self.name}"
+                raise ConfigError(
+                    f"algorithm.group_size=1 leaves nothing to compare a response with, which algorithm.{reason} does; "
+                    "give at least 2."
                 )
             return self
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name):

@@ -46,6 +46,11 @@ def test_a_name_implies_what_its_paper_sets_and_the_file_wins():
         assert Algorithm.model_validate(settings.model_dump()) == settings, "as saved in run_dir/config.yaml"
 
 
+def test_those_without_groups_can_do_with_one_response_to_a_prompt():
+    for name in ("ppo", "reinforce_pp"):
+        assert load_algorithm(Algorithm(name=name, group_size=1)).settings.group_size == 1
+
+
 def test_a_class_of_the_user_is_built_with_its_options():
     name = "tests.algorithms.test_registry:Signs"
     algorithm = load_algorithm(Algorithm(name=name, options={"scale": 3.0}))
@@ -88,6 +93,12 @@ def test_a_class_that_cannot_be_used_is_one_sentence(name, reason):
         ({"name": "module:"}, "as package.module:Class"),
         ({"name": "rloo", "options": {"a": 1}}, "algorithm.options has a, but algorithm.name=rloo takes no options"),
         ({"name": "gspo", "clip_lo": 1}, "clip_lo"),
+        (
+            {"name": "rloo", "group_size": 1},
+            "group_size=1 leaves nothing to compare a response with, which algorithm.n",
+        ),
+        ({"name": "ppo", "group_size": 1, "dynamic_sampling": 1}, "which algorithm.dynamic_sampling does; give at"),
+        ({"name": "ppo", "group_size": 0}, "group_size"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(settings, reason):
