@@ -53,6 +53,7 @@ def test_the_loss_is_the_mean_over_tokens_and_goes_down(single):
     assert next(errors) > 2 * next(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_learn_what_one_does(layout: str, model: Path, single, tmp_path: Path):
     _, expected = single
@@ -64,6 +65,7 @@ def test_two_processes_learn_what_one_does(layout: str, model: Path, single, tmp
         assert metrics == pytest.approx(others, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_critic_ends_with_the_same_bits(model: Path, single):
     folder, whole = single
     run_workers(WORKER, 1, model, 1, 1, folder / "run", STEPS, 0, folder / "resumed")
