@@ -98,8 +98,10 @@ def value_loss(
     plain = (values - returns) ** 2 / 2
     if clip is None:
         return plain, torch.zeros_like(plain, dtype=torch.bool)
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2 / 2
-    return torch.maximum(plain, bounded), bounded > plain
+    moved = values - old_values
+    bounded = (old_values + moved.clamp(-clip, clip) - returns) ** 2 / 2
+    # Within the range the two are the same but for rounding, and no gradient is lost.
+    return torch.maximum(plain, bounded), (bounded > plain) & (moved.abs() > clip)
 
 
 def explained_variance(values: Float[Tensor, "tokens"], returns: Float[Tensor, "tokens"]) -> float:

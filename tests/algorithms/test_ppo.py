@@ -65,6 +65,14 @@ def test_the_critic_may_not_move_further_than_the_clip():
     assert gradient.tolist() == pytest.approx([-0.9, 0, -1.5])
 
 
+def test_rounding_is_not_taken_for_clipping():
+    # Small numbers of both signs, whose differences do not fit into float32.
+    old, values = (torch.randn(1000, generator=torch.Generator().manual_seed(seed)) / 100 for seed in (1, 2))
+    assert (old + (values - old) != values).any()
+    assert not value_loss(values, old, torch.zeros(1000), 0.2)[1].any()
+    assert not value_loss(values, old, torch.ones(1000), 0.2)[1].any()
+
+
 def test_without_a_clip_it_is_half_the_squared_error():
     loss, clipped = value_loss(_tensor(3.0), _tensor(0.0), _tensor(1.0), None)
     assert (loss.tolist(), clipped.tolist()) == ([2.0], [False])
