@@ -171,9 +171,8 @@ def write_model_folder(
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
-    if loading:
-        _allocate_adam_state(trainer)
-    else:
+    _allocate_adam_state(trainer)
+    if not loading:
         _count_padding_between_parameters(trainer)
     model = trainer.model.sharded_state_dict()
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
@@ -220,11 +219,12 @@ def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:
 
 
 def _allocate_adam_state(trainer: "Trainer") -> None:
-    """torch's Adam has no state before its first step, and megatron-core can only load into state that is there."""
+    """Adam has no state before its first step, and megatron-core can only save and load state that is there."""
+    for optimizer in trainer.optimizer.chained_optimizers:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     for adam in _torch_adams(trainer):
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-            zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        for state in adam.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _unshare_steps(trainer: "Trainer") -> None:

@@ -18,6 +18,9 @@ from megatron_rl.models.weights import export_hf
 from megatron_rl.trainer import Trainer
 from tests.training.models import SHAPE, VOCAB, random_sequences
 
+WARMUP = 2
+"""Steps before the policy's first, so that a checkpoint finds its optimizer as new."""
+
 
 def make_config(model: Path, tp: int, pp: int, run_dir: str) -> Config:
     return Config.model_validate(
@@ -62,7 +65,8 @@ def main() -> None:
         load_checkpoint(trainer, run_dir, done, critic)
     for step in range(done or 0, steps):
         metrics.append(critic.update(batch))
-        trainer.imitate(batch)
+        if step + 1 > WARMUP:
+            trainer.imitate(batch)
         if step + 1 == save_at:
             save_checkpoint(trainer, run_dir, step + 1, 1, critic=critic)
     result = {"at_first": at_first, "before": before, "after": critic.values(batch), "metrics": metrics}

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from megatron_rl import checkpoint
 from megatron_rl.config import ConfigError
 from tests.launching import run_workers
-from tests.training.critic_worker import fixed_returns, head_weights
+from tests.training.critic_worker import WARMUP, fixed_returns, head_weights
 from tests.training.models import make_models, random_sequences
 
 WORKER = "tests.training.critic_worker"
@@ -26,9 +26,9 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(model: Path, tmp_path_factory) -> tuple[Path, dict]:
-    """The folder of a run of one process that saved halfway, and what it measured."""
+    """The folder of a run of one process that saved before the policy learned, and what it measured."""
     folder = tmp_path_factory.mktemp("single")
-    run_workers(WORKER, 1, model, 1, 1, folder / "run", STEPS, STEPS // 2, folder / "whole")
+    run_workers(WORKER, 1, model, 1, 1, folder / "run", STEPS, WARMUP, folder / "whole")
     return folder, torch.load(folder / "whole.pt")
 
 
@@ -73,9 +73,12 @@ def test_a_resumed_critic_ends_with_the_same_bits(model: Path, single):
     run_workers(WORKER, 1, model, 1, 1, folder / "run", STEPS, 0, folder / "resumed")
     resumed = torch.load(folder / "resumed.pt")
     assert torch.equal(resumed["after"], whole["after"])
-    assert resumed["metrics"] == whole["metrics"][STEPS // 2 :]
+    assert resumed["metrics"] == whole["metrics"][WARMUP:]
     first, again = (load_file(folder / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert all(torch.equal(first[name], again[name]) for name in first), "the policy beside it"
+    base = load_file(model / "model.safetensors")
+    for name, values in first.items():
+        assert torch.equal(values, again[name]), f"{name} of the policy beside it"
+        assert not torch.equal(values, base[name]), f"{name} was not trained"
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(monkeypatch, tmp_path: Path):
