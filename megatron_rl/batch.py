@@ -24,7 +24,7 @@ class Batch:
     responses: list[list[int]]
     values: dict[str, Float[torch.Tensor, "tokens"]] = field(default_factory=dict)
     """Per-token values: rollout_logprobs, reused (1 for tokens of an earlier response that the lenient rule kept, else
-    0), old_logprobs, ref_logprobs, advantages, importance, weights."""
+    0), old_logprobs, ref_logprobs, values (a critic's), advantages, returns, importance, weights."""
 
     @classmethod
     def from_rollouts(cls, rollouts: list[Rollout]) -> "Batch":

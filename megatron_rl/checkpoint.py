@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_rl import megatron_patch
 from megatron_rl.config import ConfigError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from megatron_rl.trainer import Trainer
 
+CRITIC = "critic"  # in checkpoints: its model and optimizer
 # The form of the optimizer state that loads into any other TP, PP or DP layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -52,6 +54,7 @@ def save_checkpoint(
     keep: int,
     driver: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
+    critic: "Trainer | None" = None,
 ) -> None:
     """Save on all ranks. The folder gets its name only when it is complete.
 
@@ -62,12 +65,15 @@ def save_checkpoint(
         keep: newest checkpoints to keep; older ones are removed.
         driver: plain values by name, which `load_driver_state` returns; those of rank 0 count.
         tensors: values with tensors by name, which `load_tensors` returns; those of rank 0 count.
+        critic: the critic's model and optimizer.
     """
     folder = checkpoint_folder(run_dir, step)
-    _count_padding_between_parameters(trainer)
     contents = _sharded_state(trainer, loading=False)
     # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
     contents["state"] = {"step": step, "updates": trainer.updates}
+    if critic is not None:
+        contents[CRITIC] = _critic_state(critic, loading=False)
+        contents["state"]["critic_updates"] = critic.updates
     write_model_folder(contents, trainer.config.model.path, folder, driver, tensors)
     if trainer.runtime.is_driver:
         remove_old_checkpoints(run_dir, keep)
@@ -81,19 +87,23 @@ def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
         shutil.rmtree(steps[old])
 
 
-def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int) -> None:
-    """Restore model and optimizer in place on all ranks; the layout may differ from the one saved.
+def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, critic: "Trainer | None" = None) -> None:
+    """Restore model and optimizer, and the critic's, in place on all ranks; the layout may differ from the one saved.
 
     Raises:
-        ConfigError: when the checkpoint cannot be read.
+        ConfigError: when the checkpoint cannot be read, or has no critic although there is one to restore.
     """
     folder = _steps(run_dir)[step]
-    _allocate_adam_state(trainer)
-    contents = _load(_sharded_state(trainer, loading=True), folder)
-    trainer.model.load_state_dict(contents["model"])
-    trainer.optimizer.load_state_dict(contents["optimizer"])
-    _unshare_steps(trainer)
+    contents = _sharded_state(trainer, loading=True)
+    if critic is not None:
+        _check_critic(folder)
+        contents[CRITIC] = _critic_state(critic, loading=True)
+    contents = _load(contents, folder)
+    _restore(trainer, contents)
     trainer.updates = contents["state"]["updates"]
+    if critic is not None:
+        _restore(critic, contents[CRITIC])
+        critic.updates = contents["state"]["critic_updates"]
 
 
 def load_driver_state(run_dir: str | Path, step: int, name: str) -> Any:
@@ -161,9 +171,34 @@ def write_model_folder(
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+    _allocate_adam_state(trainer)
+    if not loading:
+        _count_padding_between_parameters(trainer)
     model = trainer.model.sharded_state_dict()
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer}
+
+
+def _critic_state(critic: "Trainer", loading: bool) -> dict[str, Any]:
+    """The same under names of its own, which the two models otherwise share."""
+    state = _sharded_state(critic, loading)
+    add_prefix_for_sharding(state, f"{CRITIC}.")
+    return state
+
+
+def _restore(trainer: "Trainer", contents: dict[str, Any]) -> None:
+    trainer.model.load_state_dict(contents["model"])
+    trainer.optimizer.load_state_dict(contents["optimizer"])
+    _unshare_steps(trainer)
+
+
+def _check_critic(folder: Path) -> None:
+    state = _load({}, folder)["state"]
+    if "critic_updates" not in state:
+        raise ConfigError(
+            f"the checkpoint {folder} has no critic, which algorithm.name needs; choose another run_dir, and that "
+            "folder as model.path to start from its weights."
+        )
 
 
 def _count_padding_between_parameters(trainer: "Trainer") -> None:
@@ -184,11 +219,12 @@ def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:
 
 
 def _allocate_adam_state(trainer: "Trainer") -> None:
-    """torch's Adam has no state before its first step, and megatron-core can only load into state that is there."""
+    """Adam has no state before its first step, and megatron-core can only save and load state that is there."""
+    for optimizer in trainer.optimizer.chained_optimizers:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     for adam in _torch_adams(trainer):
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-            zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        for state in adam.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _unshare_steps(trainer: "Trainer") -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 from drafter.checkpoint import save_head
 from megatron_rl import device
-from megatron_rl.algorithms import load_algorithm, mismatch_metrics
+from megatron_rl.algorithms import load_algorithm, mismatch_metrics, needs_critic
+from megatron_rl.algorithms.step import reward_kl
 from megatron_rl.batch import Batch
 from megatron_rl.best import best_folder, improvement, save_best
 from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
+from megatron_rl.critic import Critic
 from megatron_rl.device import Runtime
 from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation import Generator
@@ -97,8 +99,12 @@ class Experiment:
         model = (start.arch, start.vocab_limit, config.rollout.temperature)
         self.trainer = Trainer(config, runtime, *model)
         self.reference = Policy(config, runtime, *model) if config.algorithm.kl.coef > 0 else None
+        self.critic: Critic | None = None
+        if needs_critic(config.algorithm):
+            self.critic = Critic(config, runtime, start.arch)
+            self.trainer.total_updates -= config.algorithm.critic.warmup_steps * config.train.minibatches
         if start.resumed:
-            load_checkpoint(self.trainer, config.run_dir, start.resumed)
+            load_checkpoint(self.trainer, config.run_dir, start.resumed, self.critic)
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
         self.first_step = start.resumed + 1
         if self.fleet is not None:
@@ -169,6 +175,10 @@ class Experiment:
         if self.runtime.is_driver and self.generator.overlap is not None:
             self.generator.overlap.pause()
 
+    def trains_policy(self, step: int) -> bool:
+        """Whether `step` updates the policy, or the critic alone."""
+        return self.critic is None or step > self.config.algorithm.critic.warmup_steps
+
     def feeding_drafter(self, batch: Batch, step: int) -> contextlib.AbstractContextManager[None]:
         """Around a pass over the step's rollouts: the drafter, if there is one, learns from it."""
         return self.drafting.recording(batch, step) if self.drafting is not None else contextlib.nullcontext()
@@ -183,20 +193,33 @@ class Experiment:
         with self.clock.phase("drafter"):
             return self.drafting.finish_step(step, seconds, tokens, rollout_metrics)
 
-    def step_metrics(self, rollouts: list[Rollout], batch: Batch, update: Metrics, sync: Metrics) -> Metrics:
-        """All metrics of a step, whose `rollouts` make up `batch`, on the driver; elsewhere an empty dict."""
+    def step_metrics(self, rollouts: list[Rollout], batch: Batch, update: Metrics | None, sync: Metrics) -> Metrics:
+        """All metrics of a step, whose `rollouts` make up `batch`, on the driver; elsewhere an empty dict.
+
+        `update` is what the policy's update measured, None in a step without one.
+        """
         if not self.runtime.is_driver:
             return {}
-        old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
-        gap = mismatch_metrics(old, rollout)
-        correction = self.trainer.correction
         seconds = self.clock.seconds | {"time/step": self.clock.elapsed()}
-        sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
+        gap = mismatch_metrics(batch.values["old_logprobs"], batch.values["rollout_logprobs"])
         metrics = {
             "logprob_gap/mean": gap["mean_abs"],
             "logprob_gap/max": gap["max_abs"],
             "correction/ess": gap["ess"],
             "correction/kl": gap["kl"],
+        }
+        kl = self.config.algorithm.kl
+        if kl.coef > 0 and kl.place == "reward":
+            metrics["reward/kl"] = reward_kl(batch.values, kl).mean().item()
+        if update is not None:
+            metrics |= self._update_metrics(rollouts, batch, update)
+        return self.generator.metrics | metrics | sync | seconds
+
+    def _update_metrics(self, rollouts: list[Rollout], batch: Batch, update: Metrics) -> Metrics:
+        old, rollout = batch.values["old_logprobs"], batch.values["rollout_logprobs"]
+        correction = self.trainer.correction
+        sequences = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
+        metrics = {
             **{f"correction/{name}": value for name, value in correction.metrics().items()},
             **gap_metrics(rollouts, old, rollout, correction),
             "correction/skipped_updates": update["skipped"] * self.config.train.minibatches,
@@ -206,11 +229,11 @@ class Experiment:
             "loss/update_kl": update["update_kl"],
             "optim/grad_norm": update["grad_norm"],
             "optim/lr": update["lr"],
-            "throughput/trained_tokens_per_s": sequences / seconds["time/update"],
+            "throughput/trained_tokens_per_s": sequences / self.clock.seconds["time/update"],
         }
         if "kl" in update:
             metrics["loss/kl"] = update["kl"]
-        return self.generator.metrics | metrics | sync | seconds
+        return metrics
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write the step's metrics and show its row."""
@@ -230,7 +253,8 @@ class Experiment:
             tensors[HISTORY] = self.generator.reuse.state()
         if self.runtime.is_driver and self.generator.overlap is not None:
             tensors[POOL] = self.generator.overlap.pool.state()
-        save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, learned, tensors)
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.trainer, self.config.run_dir, step, keep, learned, tensors, self.critic)
         if self.drafting is not None:
             self.drafting.timeline.write(Path(self.config.run_dir))
         if self.runtime.is_driver:

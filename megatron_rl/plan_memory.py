@@ -5,6 +5,7 @@ All sizes are bytes. A pipeline stage is one of `parallel.pp_size`; what is said
 
 from dataclasses import dataclass
 
+from megatron_rl.algorithms import needs_critic
 from megatron_rl.config import Config
 from megatron_rl.models.architecture import Architecture
 
@@ -40,6 +41,15 @@ def stage_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
         if not (arch.tied and first):  # with several stages a tied output layer is a copy
             count += table
     return count
+
+
+def critic_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
+    """Parameters of the critic that a GPU of `stage` holds: its value head is in place of the output table."""
+    count = stage_parameters(arch, tp, pp, stage)
+    if stage < pp - 1:
+        return count
+    table = 0 if arch.tied and stage == 0 else arch.padded_vocab(tp) // tp * arch.hidden_size
+    return count - table + arch.hidden_size
 
 
 def model_parameters(arch: Architecture) -> int:
@@ -84,6 +94,7 @@ class Memory:
     gradients: float
     optimizer: float
     reference: float
+    critic: float
     activations: float
     logits: float
     runtime: float
@@ -101,6 +112,7 @@ class Memory:
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("reference model", self.reference),
+            ("critic", self.critic),
             ("activations", self.activations),
             ("logits", self.logits),
             ("runtime", self.runtime),
@@ -125,7 +137,7 @@ def trainer_memory(
     parameters = stage_parameters(arch, tp, pp, stage)
     matrices, _ = layer_parameters(arch, tp)
     # Adam's two moments in float32, and a float32 master copy where the weights themselves are not; over the replicas.
-    optimizer = parameters * (8 if width == 4 else 12) / dp
+    adam = (8 if width == 4 else 12) / dp
     tokens = config.train.tokens_per_microbatch
     layers = arch.layers // pp
     per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width, fused)
@@ -144,8 +156,9 @@ def trainer_memory(
         # Transformer Engine keeps the rounded weights and their transposes over the micro-batches of a step.
         fp8_copies=2.0 * matrices * layers if config.model.precision == "fp8" else 0.0,
         gradients=4 * parameters,
-        optimizer=optimizer,
+        optimizer=adam * parameters,
         reference=width * parameters if config.algorithm.kl.coef > 0 else 0.0,
+        critic=(width + 4 + adam) * critic_parameters(arch, tp, pp, stage) if needs_critic(config.algorithm) else 0.0,
         activations=activations,
         logits=logits,
         runtime=RUNTIME_BYTES,

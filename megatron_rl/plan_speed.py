@@ -7,6 +7,7 @@ the maker of the GPU promises. Good to a factor of two or so; better for compari
 import math
 from dataclasses import dataclass
 
+from megatron_rl.algorithms import needs_critic
 from megatron_rl.config import Config
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.plan_memory import engine_memory, layer_parameters, model_parameters
@@ -116,6 +117,8 @@ class StepTime:
     generate: float
     old_logprobs: float
     ref_logprobs: float
+    values: float
+    critic_update: float
     update: float
     weight_sync: float
 
@@ -138,11 +141,14 @@ def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: 
         speed *= gpu.low_precision.get("fp8", 1.0)
     waiting = 1 - bubble_share(parallel.pp_size, microbatches(config, load, dp))
     forward = load.tokens * flops_per_token(arch, load.prompt_tokens + load.response_tokens) / (speed * waiting)
+    critic = float(needs_critic(config.algorithm))
     passes = 4 if megatron.get("recompute_granularity") == "full" else 3
     return StepTime(
         generate=load.sequences * load.response_tokens / sum(rates),
         old_logprobs=forward,
         ref_logprobs=forward if config.algorithm.kl.coef > 0 else 0.0,
+        values=critic * forward,
+        critic_update=critic * passes * forward,
         update=passes * forward,
         weight_sync=sync_seconds(config, arch, gpu),
     )

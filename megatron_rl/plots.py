@@ -25,6 +25,8 @@ PHASES = (  # metric, name, colour; in the order of a step
     ("time/reward", "reward", "#7fb2e5"),
     ("time/old_logprobs", "old log-probs", "#3a9a5b"),
     ("time/ref_logprobs", "reference log-probs", "#9fd3ae"),
+    ("time/values", "values", "#5fb3b3"),
+    ("time/critic_update", "critic update", "#2c7a7a"),
     ("time/update", "update", "#e08a1e"),
     ("time/weight_sync", "weight sync", "#c8423f"),
     ("time/drafter", "drafter", "#d9b44a"),

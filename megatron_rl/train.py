@@ -6,6 +6,7 @@ Rank 0, the driver, also owns the fleet of engines, the data order, the rewards 
 import torch
 
 from megatron_rl import device
+from megatron_rl.algorithms import step_advantages
 from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
 from megatron_rl.config.evaluation import due_sets
@@ -72,9 +73,18 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
 
     rewards = torch.tensor(scored.rewards)
     groups = torch.arange(len(rewards)) // config.algorithm.group_size
-    batch = with_values(batch, advantages=experiment.algorithm.advantages(rewards, groups, batch.lengths))
-    with clock.phase("update"), experiment.progress("training") as progress:
-        update = trainer.update(batch, progress)
+    if experiment.critic is not None:
+        with clock.phase("values"), experiment.progress("values") as progress:
+            batch = with_values(batch, values=experiment.critic.values(batch, progress))
+    batch = with_values(batch, **step_advantages(experiment.algorithm, rewards, groups, batch.lengths, batch.values))
+    criticism: Metrics = {}
+    if experiment.critic is not None:
+        with clock.phase("critic_update"), experiment.progress("training the critic") as progress:
+            criticism = experiment.critic.update(batch, progress)
+    update: Metrics | None = None
+    if experiment.trains_policy(step):
+        with clock.phase("update"), experiment.progress("training") as progress:
+            update = trainer.update(batch, progress)
 
     with clock.phase("weight_sync"):
         experiment.pause_generation()
@@ -82,7 +92,7 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
 
     drafts = experiment.train_drafter(batch, step)
 
-    return experiment.step_metrics(scored.rollouts, batch, update, sync) | drafts
+    return experiment.step_metrics(scored.rollouts, batch, update, sync) | criticism | drafts
 
 
 def evaluate(experiment: Experiment, step: int) -> Metrics:

@@ -39,8 +39,10 @@ from megatron_rl.models.weights import PolicyWeights, draw_weights, has_hf_weigh
 Progress = Callable[[int, int], None]
 """Called with (micro-batches done, micro-batches in all) of this rank."""
 Metrics = dict[str, float]
-LossFunction = Callable[[Microbatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(micro-batch, logprobs [tokens], entropies [tokens]) -> (this micro-batch's part of the loss, of the metrics)."""
+LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(micro-batch, logprobs [tokens], entropies [tokens]) -> (this micro-batch's part of the loss, of the metrics).
+
+A critic has values [tokens] in place of the two."""
 
 
 def learning_rate(train: Train, update: int, total_updates: int) -> float:
@@ -87,6 +89,7 @@ class Policy:
             draw_weights(self.model, arch, config.train.seed)
         else:
             load_hf_weights(self.model, arch, config.model.path)
+        self._attach_head()
         self.module: torch.nn.Module = self.model
         self.bubbles: BubbleCommunicator | None = None
         self.on_microbatch: Callable[[Microbatch], None] | None = None
@@ -100,9 +103,16 @@ class Policy:
             config.finalize_model_grads_func = self.bubbles.flushing(config.finalize_model_grads_func)
         return self.bubbles
 
-    @torch.no_grad()
     def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
         """Log-probabilities of all response tokens, float32 [tokens] on every rank's CPU."""
+        return self._per_token(batch, progress)
+
+    def _attach_head(self) -> None:
+        """Called once the weights are loaded. A policy keeps the model's output layer."""
+
+    @torch.no_grad()
+    def _per_token(self, batch: Batch, progress: Progress | None) -> Float[torch.Tensor, "tokens"]:
+        """The first of what `_read` gives for all response tokens, float32 [tokens] on every rank's CPU."""
         self.module.eval()
         results = self._run(batch, None, forward_only=True, progress=progress)
         flat = torch.zeros(batch.tokens)
@@ -118,7 +128,7 @@ class Policy:
     ) -> list[Any]:
         """One pass of this rank's share through the pipeline schedule.
 
-        Returns, on the last stage: per micro-batch (flat places, logprobs) without a loss, else the metrics.
+        Returns, on the last stage: per micro-batch (flat places, their values) without a loss, else the metrics.
         """
         lengths = [batch.sequence_length(index) for index in range(len(batch.prompts))]
         budget = self.config.train.tokens_per_microbatch
@@ -160,24 +170,28 @@ class Policy:
         self,
         microbatch: Microbatch,
         loss_function: LossFunction | None,
-        logits: torch.Tensor,
+        output: torch.Tensor,
         non_loss_data: bool = False,
     ) -> Any:
-        logits = logits[0]
+        output = output[0]
         if self.config.parallel.sequence_parallel:
-            logits = logits.index_select(0, microbatch.rows)
-        logprobs, entropies = token_logprobs(
-            logits,
+            output = output.index_select(0, microbatch.rows)
+        values = self._read(microbatch, output)
+        if loss_function is None:
+            return microbatch.flat_index, values[0].cpu()
+        loss, metrics = loss_function(microbatch, *values)
+        # With zero counted tokens megatron-core leaves the gradient as it is: the weights are already normalised.
+        return loss, torch.zeros((), dtype=torch.int64, device=loss.device), metrics
+
+    def _read(self, microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the output layer's rows [tokens, ...] say about the response tokens: logprobs and entropies [tokens]."""
+        return token_logprobs(
+            output,
             microbatch.targets,
             self.temperature,
             self.vocab_limit,
             parallel_state.get_tensor_model_parallel_group(),
         )
-        if loss_function is None:
-            return microbatch.flat_index, logprobs.cpu()
-        loss, metrics = loss_function(microbatch, logprobs, entropies)
-        # With zero counted tokens megatron-core leaves the gradient as it is: the weights are already normalised.
-        return loss, torch.zeros((), dtype=torch.int64, device=loss.device), metrics
 
 
 class Trainer(Policy):
@@ -214,6 +228,8 @@ class Trainer(Policy):
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.weights = PolicyWeights(self.model, arch)
         self.updates = 0
+        self.total_updates = train.steps * train.minibatches
+        """Those that the schedule of the learning rate spans."""
         self.correction: TokenCorrection
         """Of the tokens of the last `update`."""
 
@@ -290,7 +306,7 @@ class Trainer(Policy):
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batch, loss, forward_only=False, progress=progress)
-        rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
+        rate = learning_rate(self.config.train, self.updates, self.total_updates)
         # Nothing to learn from: momentum and weight decay must not move the weights either.
         skipped = not bool(batch.values["weights"].any())
         if skipped:

@@ -67,6 +67,18 @@ def test_memory_of_an_8b_model_by_hand() -> None:
     assert memory.reference == memory.fp8_copies == 0
 
 
+def test_a_critic_is_a_second_model_and_optimizer_without_the_output_table() -> None:
+    arch, count = Architecture.from_hf(QWEN3_8B), 8_190_735_360 - 151_936 * 4096 + 4096
+    critic = config(algorithm={"name": "ppo"})
+    memory = trainer_memory(critic, arch, dp=4, microbatches=1, stage=0)
+    assert memory.critic == (2 + 4 + 12 / 4) * count
+    assert memory.total == trainer_memory(config(), arch, dp=4, microbatches=1, stage=0).total + memory.critic
+    load = Workload(512, 2048, 256)
+    with_critic, without = (step_time(each, arch, GPUS["h100"], load, 4) for each in (critic, config()))
+    assert (with_critic.values, with_critic.critic_update) == (without.old_logprobs, without.update)
+    assert without.values == without.critic_update == 0
+
+
 def test_full_recompute_keeps_the_layers_inputs_and_one_layer() -> None:
     arch = Architecture.from_hf(QWEN3_8B)
     options = {"path": "m", "megatron": {"recompute_granularity": "full"}}

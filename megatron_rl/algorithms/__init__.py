@@ -9,15 +9,18 @@ other; `lengths [batch]` are the response lengths.
 
 from megatron_rl.algorithms.advantages import centred_rewards, grpo_advantages, whiten
 from megatron_rl.algorithms.aggregation import token_weights
-from megatron_rl.algorithms.base import PolicyAlgorithm, PolicyTokens
+from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm, PolicyLoss, PolicyTokens
 from megatron_rl.algorithms.correction import TokenCorrection, correct_mismatch, mismatch_metrics
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.loss import clipped_loss, ppo_loss, safe_exp
 from megatron_rl.algorithms.objective import policy_objective
-from megatron_rl.algorithms.registry import load_algorithm
+from megatron_rl.algorithms.registry import load_algorithm, needs_critic
+from megatron_rl.algorithms.step import step_advantages
 
 __all__ = [
+    "CriticAlgorithm",
     "PolicyAlgorithm",
+    "PolicyLoss",
     "PolicyTokens",
     "TokenCorrection",
     "centred_rewards",
@@ -27,9 +30,11 @@ __all__ = [
     "kl_estimate",
     "load_algorithm",
     "mismatch_metrics",
+    "needs_critic",
     "policy_objective",
     "ppo_loss",
     "safe_exp",
+    "step_advantages",
     "token_weights",
     "whiten",
 ]

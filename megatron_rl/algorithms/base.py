@@ -1,4 +1,4 @@
-"""What an algorithm is: advantages from rewards, and the loss of a token."""
+"""What an algorithm is: advantages from rewards, perhaps with a critic's values, and the loss of a token."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -61,11 +61,12 @@ class PolicyTokens:
         return (zeros.index_add(0, sequence, values * kept) / count)[sequence]
 
 
-class PolicyAlgorithm(ABC):
-    """Base of all algorithms, the built-in ones and those that `algorithm.name` gives as `package.module:Class`.
+class PolicyLoss:
+    """What all algorithms have: the built-in ones and those that `algorithm.name` gives as `package.module:Class`.
 
-    An algorithm is built from its settings on every rank and keeps nothing between calls, so a resumed run needs
-    nothing else. KL penalty, entropy bonus, mismatch correction and aggregation are the same for all of them.
+    Derive them from `PolicyAlgorithm` or `CriticAlgorithm`. An algorithm is built from its settings on every rank and
+    keeps nothing between calls, so a resumed run needs nothing else. KL penalty, entropy bonus, mismatch correction and
+    aggregation are the same for all of them.
     """
 
     def __init__(self, settings: Algorithm) -> None:
@@ -75,21 +76,6 @@ class PolicyAlgorithm(ABC):
             ConfigError: when a class of the user's does not like its `settings.options`.
         """
         self.settings = settings
-
-    @abstractmethod
-    def advantages(
-        self, rewards: Float[Tensor, "batch"], groups: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]
-    ) -> Float[Tensor, "tokens"]:
-        """The advantage of every response token of a step.
-
-        Args:
-            rewards: one per response, penalties included.
-            groups: the group (prompt) of every response; any integers, in any order.
-            lengths: response lengths in tokens.
-
-        Returns:
-            Float values, response after response.
-        """
 
     def token_loss(self, tokens: PolicyTokens) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
         """The policy loss of every token, before importance and aggregation weights; here that of PPO.
@@ -109,3 +95,41 @@ class PolicyAlgorithm(ABC):
             settings.clip_high,
             settings.dual_clip,
         )
+
+
+class PolicyAlgorithm(PolicyLoss, ABC):
+    """An algorithm whose advantages follow from the rewards."""
+
+    @abstractmethod
+    def advantages(
+        self, rewards: Float[Tensor, "batch"], groups: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "tokens"]:
+        """The advantage of every response token of a step.
+
+        Args:
+            rewards: one per response, penalties included.
+            groups: the group (prompt) of every response; any integers, in any order.
+            lengths: response lengths in tokens.
+
+        Returns:
+            Float values, response after response.
+        """
+
+
+class CriticAlgorithm(PolicyLoss, ABC):
+    """An algorithm that needs a critic, which is trained beside the policy (`algorithm.critic`)."""
+
+    @abstractmethod
+    def estimate(
+        self, rewards: Float[Tensor, "tokens"], values: Float[Tensor, "tokens"], lengths: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+        """The advantage of every response token of a step, and what the critic should have said.
+
+        Args:
+            rewards: of every token, response after response: the response's at its last token, penalties included.
+            values: the critic's before the update, without knowledge of the token itself.
+            lengths: response lengths in tokens; they sum up to `tokens`.
+
+        Returns:
+            Advantages, and the returns that the critic is trained towards; both without gradient.
+        """

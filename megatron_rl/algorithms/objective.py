@@ -3,12 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_rl.algorithms.base import PolicyAlgorithm, PolicyTokens
+from megatron_rl.algorithms.base import PolicyLoss, PolicyTokens
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.loss import safe_exp
 
 
-def policy_objective(tokens: PolicyTokens, algorithm: PolicyAlgorithm) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+def policy_objective(tokens: PolicyTokens, algorithm: PolicyLoss) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """`sum_t weight_t (importance_t loss_t + kl_coef kl_t - entropy_coef entropy_t)`.
 
     The importance weight multiplies the algorithm's loss, before aggregation; it does not scale the KL and entropy
@@ -25,7 +25,7 @@ def policy_objective(tokens: PolicyTokens, algorithm: PolicyAlgorithm) -> tuple[
         far the policy moved from `old_logprobs`) are means over tokens.
 
     Raises:
-        ValueError: `algorithm.kl.coef` > 0 without `ref_logprobs`.
+        ValueError: `algorithm.kl.coef` > 0, with the penalty in the loss, but no `ref_logprobs`.
     """
     tokens = tokens.without_rejected()
     new, old, settings = tokens.new_logprobs, tokens.old_logprobs, algorithm.settings
@@ -33,7 +33,7 @@ def policy_objective(tokens: PolicyTokens, algorithm: PolicyAlgorithm) -> tuple[
     sums = {"clip_share": clipped.float(), "entropy": tokens.entropy}
     per_token = per_token * tokens.importance
     total = per_token
-    if settings.kl.coef > 0:
+    if settings.kl.coef > 0 and settings.kl.place == "loss":
         if tokens.ref_logprobs is None:
             raise ValueError("algorithm.kl.coef > 0 needs ref_logprobs")
         kl = kl_estimate(new, tokens.ref_logprobs, settings.kl.estimator)

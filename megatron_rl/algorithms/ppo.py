@@ -1,8 +1,27 @@
-"""What PPO with a critic adds: generalized advantage estimation and the critic's loss."""
+"""PPO with a critic: generalized advantage estimation, and the critic's loss."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from megatron_rl.algorithms.advantages import whiten
+from megatron_rl.algorithms.base import CriticAlgorithm
+
+
+class Ppo(CriticAlgorithm):
+    """Advantages by `gae` from rewards of tokens and a critic's values, and the clipped loss.
+
+    Source: Schulman et al., arXiv 1707.06347, as Ziegler et al., arXiv 1909.08593, apply it to language models: one
+    episode is a response, and its reward comes with its last token.
+    """
+
+    def estimate(
+        self, rewards: Float[Tensor, "tokens"], values: Float[Tensor, "tokens"], lengths: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+        """Generalized advantages, normalized over all tokens with `normalize_std`, and returns."""
+        critic = self.settings.critic
+        advantages, returns = gae(rewards, values, lengths, critic.gamma, critic.lam)
+        return whiten(advantages) if self.settings.normalize_std else advantages, returns
 
 
 def final_rewards(rewards: Float[Tensor, "batch"], lengths: Int[Tensor, "batch"]) -> Float[Tensor, "tokens"]:
@@ -79,5 +98,18 @@ def value_loss(
     plain = (values - returns) ** 2 / 2
     if clip is None:
         return plain, torch.zeros_like(plain, dtype=torch.bool)
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2 / 2
-    return torch.maximum(plain, bounded), bounded > plain
+    moved = values - old_values
+    bounded = (old_values + moved.clamp(-clip, clip) - returns) ** 2 / 2
+    # Within the range the two are the same but for rounding, and no gradient is lost.
+    return torch.maximum(plain, bounded), (bounded > plain) & (moved.abs() > clip)
+
+
+def explained_variance(values: Float[Tensor, "tokens"], returns: Float[Tensor, "tokens"]) -> float:
+    """`1 - var(returns - values) / var(returns)`: 1 for a critic that knows the returns, 0 for one that knows nothing.
+
+    Returns that are all equal have no variance to explain: 0.
+    """
+    if returns.numel() == 0 or bool((returns == returns[0]).all()):
+        return 0.0
+    unexplained, total = ((x.double() - x.double().mean()).square().mean() for x in (returns - values, returns))
+    return float(1 - unexplained / total)

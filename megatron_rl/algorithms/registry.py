@@ -2,16 +2,17 @@
 
 import importlib
 
-from megatron_rl.algorithms.base import PolicyAlgorithm
+from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm
 from megatron_rl.algorithms.cispo import Cispo
 from megatron_rl.algorithms.grpo import Grpo
 from megatron_rl.algorithms.gspo import Gspo
+from megatron_rl.algorithms.ppo import Ppo
 from megatron_rl.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from megatron_rl.algorithms.rloo import Rloo
 from megatron_rl.config.algorithm import Algorithm
 from megatron_rl.config.errors import ConfigError
 
-BUILTIN: dict[str, type[PolicyAlgorithm]] = {
+BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
     "grpo": Grpo,
     "dr_grpo": Grpo,
     "dapo": Grpo,
@@ -20,29 +21,48 @@ BUILTIN: dict[str, type[PolicyAlgorithm]] = {
     "reinforce_pp_baseline": ReinforcePPBaseline,
     "gspo": Gspo,
     "cispo": Cispo,
+    "ppo": Ppo,
 }
 """What settings these have is in `megatron_rl.config.algorithm.PRESETS`."""
 
 
-def load_algorithm(settings: Algorithm) -> PolicyAlgorithm:
+def load_algorithm(settings: Algorithm) -> PolicyAlgorithm | CriticAlgorithm:
     """The algorithm that `settings.name` names: built-in, or a class of the user's.
 
     Raises:
-        ConfigError: when there is no such class, or it is not a `PolicyAlgorithm` that can be built.
+        ConfigError: when there is no such class, it is not an algorithm that can be built, or other settings do not go
+            with it.
     """
-    if settings.name in BUILTIN:
-        return BUILTIN[settings.name](settings)
+    found = BUILTIN.get(settings.name) or _users_class(settings)
+    if settings.kl.place == "reward" and not issubclass(found, CriticAlgorithm):
+        raise ConfigError(
+            f"algorithm.kl.place=reward needs an algorithm with rewards of tokens, such as ppo, but algorithm.name="
+            f"{settings.name}; set place to loss."
+        )
+    return found(settings)
+
+
+def needs_critic(settings: Algorithm) -> bool:
+    """Whether a critic is trained beside the policy.
+
+    Raises:
+        ConfigError: as `load_algorithm`.
+    """
+    return isinstance(load_algorithm(settings), CriticAlgorithm)
+
+
+def _users_class(settings: Algorithm) -> type[PolicyAlgorithm | CriticAlgorithm]:
     module_name, _, class_name = settings.name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise ConfigError(f"algorithm.name={settings.name}: importing {module_name} failed with {reason}.") from error
-    if not isinstance(found, type) or not issubclass(found, PolicyAlgorithm):
+    if not isinstance(found, type) or not issubclass(found, PolicyAlgorithm | CriticAlgorithm):
         raise ConfigError(
             f"algorithm.name={settings.name}: {module_name} has no class {class_name} derived from "
-            "megatron_rl.algorithms.PolicyAlgorithm."
+            "megatron_rl.algorithms.PolicyAlgorithm or CriticAlgorithm."
         )
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise ConfigError(f"algorithm.name={settings.name}: {class_name} does not define {', '.join(missing)}.")
-    return found(settings)
+    return found

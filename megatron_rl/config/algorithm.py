@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.section import Section
@@ -18,8 +18,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce_pp_baseline": {},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean"},
     "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+    "ppo": {},
 }
 """Built-in algorithms, and the keys of the section whose defaults they change; `docs/algorithms.md` has the sources."""
+
+
+WITHOUT_GROUPS = ("reinforce_pp", "ppo")
+"""Those that do not compare the responses to one prompt."""
 
 
 class Kl(Section):
@@ -29,6 +34,26 @@ class Kl(Section):
     """Weight of the penalty; 0 turns it off and loads no reference model."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of the KL divergence (Schulman, 'Approximating KL divergence')."""
+    place: Literal["loss", "reward"] = "loss"
+    """loss: a term of the loss; reward: taken off the reward of every token, for algorithms with a critic (ppo) only,
+    usually with estimator k1."""
+
+
+class Critic(Section):
+    """The critic of `ppo`: a second model with the policy's shape and layout, which starts from the policy's weights
+    and gives each token one number instead of logits."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of its own optimizer; schedule, decay and clipping are those of `train`."""
+    clip: PositiveFloat | None = 0.2
+    """How far an update may move a value, in units of the reward; null: no bound."""
+    warmup_steps: int = Field(0, ge=0)
+    """First RL steps, which train the critic alone."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """Lambda of generalized advantage estimation. 1: the reward that follows less the critic's value; smaller: less
+    variance, more of the critic's errors. With the reward at the end, the first of n tokens sees `lam^n` of it."""
 
 
 class Correction(Section):
@@ -58,15 +83,15 @@ class Algorithm(Section):
     """The policy-gradient algorithm (see `docs/algorithms.md`). The name decides the defaults of some other keys."""
 
     name: str = "grpo"
-    """grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, or a class of yours as
+    """grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, ppo, or a class of yours as
     `package.module:Class`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What a class of yours wants to know; the built-in algorithms take nothing here."""
-    group_size: int = Field(8, ge=2)
-    """Responses per prompt."""
+    group_size: PositiveInt = 8
+    """Responses per prompt; 1 only where they are not compared with each other (ppo, reinforce_pp)."""
     normalize_std: bool = True
     """Divide the group-relative reward by the group's standard deviation (dr_grpo: false; rloo and reinforce_pp* have
-    rules of their own)."""
+    rules of their own); ppo: normalize the advantages over all response tokens of the step."""
     clip_low: float = Field(0.2, gt=0, le=1)
     """The probability ratio is clipped at `1 - clip_low`; 1: no lower bound (gspo: 3e-4; cispo: 1)."""
     clip_high: PositiveFloat = 0.2
@@ -85,6 +110,8 @@ class Algorithm(Section):
     times `train.prompts_per_step` in a step (dapo: 9); 0: no replacement."""
     kl: Kl = Kl()
     """Penalty for moving away from the reference."""
+    critic: Critic = Critic()
+    """The critic, for algorithms that have one (ppo)."""
     correction: Correction = Correction()
     """Train/rollout mismatch correction."""
 
@@ -103,6 +130,12 @@ class Algorithm(Section):
                 raise ConfigError(
                     f"algorithm.options has {', '.join(self.options)}, but algorithm.name={self.name} takes no "
                     "options; leave them out."
+                )
+            if self.group_size == 1 and (self.dynamic_sampling or self.name not in WITHOUT_GROUPS):
+                reason = "dynamic_sampling" if self.name in WITHOUT_GROUPS else f"name={self.name}"
+                raise ConfigError(
+                    f"algorithm.group_size=1 leaves nothing to compare a response with, which algorithm.{reason} does; "
+                    "give at least 2."
                 )
             return self
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name):

@@ -56,6 +56,10 @@ def check_sections(config: "Config") -> None:
             "but rollout.precision_tail has to know their number before; set one of them to 0."
         )
     _check_correction(config.algorithm.correction)
+    if (warmup := config.algorithm.critic.warmup_steps) >= train.steps:
+        raise ConfigError(
+            f"algorithm.critic.warmup_steps={warmup} leaves none of train.steps={train.steps} for the policy; lower it."
+        )
     check_evaluation(config)
     arithmetic = data.arithmetic
     if arithmetic.min_doublings > arithmetic.max_doublings:

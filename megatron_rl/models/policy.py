@@ -109,11 +109,11 @@ def build_policy(config: Config, architecture: Architecture) -> GPTModel:
     target = torch.device("cuda", torch.cuda.current_device()) if device.on_gpu() else torch.device("cpu")
     model = model.to(device=target, dtype=model.config.params_dtype)
     if model.post_process and not config.parallel.sequence_parallel:
-        _compute_logits_of_selected_rows_only(model)
+        compute_selected_rows_only(model)
     return model
 
 
-def _compute_logits_of_selected_rows_only(model: GPTModel) -> None:
+def compute_selected_rows_only(model: GPTModel) -> None:
     """Prompt tokens need no logits: drop their rows before the output layer, the largest of the model."""
 
     def select(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from megatron_rl.algorithms.ppo import final_rewards, gae, value_loss
+from megatron_rl.algorithms import load_algorithm
+from megatron_rl.algorithms.ppo import explained_variance, final_rewards, gae, value_loss
+from megatron_rl.config.algorithm import Algorithm
 
 
 def _tensor(*values):
@@ -63,6 +65,35 @@ def test_the_critic_may_not_move_further_than_the_clip():
     assert gradient.tolist() == pytest.approx([-0.9, 0, -1.5])
 
 
+def test_rounding_is_not_taken_for_clipping():
+    # Small numbers of both signs, whose differences do not fit into float32.
+    old, values = (torch.randn(1000, generator=torch.Generator().manual_seed(seed)) / 100 for seed in (1, 2))
+    assert (old + (values - old) != values).any()
+    assert not value_loss(values, old, torch.zeros(1000), 0.2)[1].any()
+    assert not value_loss(values, old, torch.ones(1000), 0.2)[1].any()
+
+
 def test_without_a_clip_it_is_half_the_squared_error():
     loss, clipped = value_loss(_tensor(3.0), _tensor(0.0), _tensor(1.0), None)
     assert (loss.tolist(), clipped.tolist()) == ([2.0], [False])
+
+
+def test_ppo_whitens_the_advantages_and_not_the_returns():
+    # Advantages of one-token responses are reward - value: 1, -1, 3. Mean 1, variance (0 + 4 + 4) / 3.
+    rewards, values, lengths = _tensor(1, 0, 4), _tensor(0, 1, 1), torch.tensor([1, 1, 1])
+    advantages, returns = load_algorithm(Algorithm(name="ppo")).estimate(rewards, values, lengths)
+    s = (8 / 3) ** 0.5
+    assert advantages.tolist() == pytest.approx([0, -2 / s, 2 / s])
+    assert returns.tolist() == [1, 0, 4]
+    plain = load_algorithm(Algorithm(name="ppo", normalize_std=False))
+    assert plain.estimate(rewards, values, lengths)[0].tolist() == [1, -1, 3]
+
+
+def test_explained_variance_by_hand():
+    # Returns 0, 1, 2: variance 2/3. Errors of 0, 0, 1: mean 1/3, variance 2/9. A constant offset explains all the same.
+    returns = _tensor(0, 1, 2)
+    assert explained_variance(_tensor(0, 1, 1), returns) == pytest.approx(1 - 1 / 3)
+    assert explained_variance(returns + 5, returns) == pytest.approx(1)
+    assert explained_variance(_tensor(3, 3, 3), returns) == pytest.approx(0)
+    assert explained_variance(_tensor(0, 1), _tensor(2, 2)) == 0
+    assert explained_variance(torch.zeros(0), torch.zeros(0)) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rl.algorithms import PolicyAlgorithm, load_algorithm
+from megatron_rl.algorithms import CriticAlgorithm, PolicyAlgorithm, load_algorithm
 from megatron_rl.algorithms.registry import BUILTIN
 from megatron_rl.config import ConfigError
 from megatron_rl.config.algorithm import PRESETS, Algorithm
@@ -18,6 +18,13 @@ class Signs(PolicyAlgorithm):
 
 class Unfinished(PolicyAlgorithm):
     """Has no advantages."""
+
+
+class OneStep(CriticAlgorithm):
+    """An algorithm of a user that needs a critic: the reward of the token less its value."""
+
+    def estimate(self, rewards, values, lengths):
+        return rewards - values, rewards
 
 
 def test_every_name_has_settings_and_a_class():
@@ -39,12 +46,28 @@ def test_a_name_implies_what_its_paper_sets_and_the_file_wins():
         assert Algorithm.model_validate(settings.model_dump()) == settings, "as saved in run_dir/config.yaml"
 
 
+def test_those_without_groups_can_do_with_one_response_to_a_prompt():
+    for name in ("ppo", "reinforce_pp"):
+        assert load_algorithm(Algorithm(name=name, group_size=1)).settings.group_size == 1
+
+
 def test_a_class_of_the_user_is_built_with_its_options():
     name = "tests.algorithms.test_registry:Signs"
     algorithm = load_algorithm(Algorithm(name=name, options={"scale": 3.0}))
     lengths = torch.tensor([2, 0, 1])
     result = algorithm.advantages(torch.tensor([0.5, 1.0, -2.0]), torch.zeros(3, dtype=torch.long), lengths)
     assert result.tolist() == [3.0, 3.0, -3.0]
+
+
+def test_a_class_of_the_user_may_need_a_critic_and_take_the_kl_off_its_rewards():
+    settings = Algorithm(name="tests.algorithms.test_registry:OneStep", kl={"coef": 0.1, "place": "reward"})
+    assert isinstance(load_algorithm(settings), OneStep)
+
+
+@pytest.mark.parametrize("name", ["grpo", "tests.algorithms.test_registry:Signs"])
+def test_a_kl_penalty_in_the_reward_needs_rewards_of_tokens(name):
+    with pytest.raises(ConfigError, match="kl.place=reward needs an algorithm with rewards of tokens.*set place to"):
+        load_algorithm(Algorithm(name=name, kl={"coef": 0.1, "place": "reward"}))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +93,12 @@ def test_a_class_that_cannot_be_used_is_one_sentence(name, reason):
         ({"name": "module:"}, "as package.module:Class"),
         ({"name": "rloo", "options": {"a": 1}}, "algorithm.options has a, but algorithm.name=rloo takes no options"),
         ({"name": "gspo", "clip_lo": 1}, "clip_lo"),
+        (
+            {"name": "rloo", "group_size": 1},
+            "group_size=1 leaves nothing to compare a response with, which algorithm.n",
+        ),
+        ({"name": "ppo", "group_size": 1, "dynamic_sampling": 1}, "which algorithm.dynamic_sampling does; give at"),
+        ({"name": "ppo", "group_size": 0}, "group_size"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(settings, reason):

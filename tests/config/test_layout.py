@@ -36,6 +36,8 @@ def test_sections_must_fit_each_other():
     mixed = {"quantization": ["none", "int8"], "engines": 2, "precision_tail": 0.1}
     _refused("algorithm.dynamic_sampling=9", "rollout.precision_tail", algorithm={"name": "dapo"}, rollout=mixed)
     _refused("reward.length_penalty.start=1024", reward={"length_penalty": {"start": 1024}})
+    warmup = {"critic": {"warmup_steps": 10}}
+    _refused("algorithm.critic.warmup_steps=10", "train.steps=10", algorithm=warmup, train={"steps": 10})
     _refused("min_doublings", "max_doublings", data={"arithmetic": {"min_doublings": 5, "max_doublings": 2}})
     _refused("data.arithmetic.digits=3", "max_doublings=6", data={"arithmetic": {"digits": 3}})
 

@@ -49,6 +49,23 @@ def test_a_run_with_dynamic_sampling_resumes_exactly(experiment: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_with_a_critic_on_two_stages_resumes_exactly(experiment: Path) -> None:
+    options = ["algorithm.name=ppo", "algorithm.kl.coef=0.01", "algorithm.kl.place=reward", "parallel.pp_size=2"]
+    options += ["algorithm.critic.warmup_steps=1", "algorithm.critic.lr=1e-3", "algorithm.critic.lam=0.9"]
+    run(experiment, f"run_dir={experiment.parent / 'critic'}", *options)
+    whole = metrics(experiment.parent / "critic")
+    assert whole[1]["critic/value_mean"] == 0 and whole[1]["critic/grad_norm"] > 0
+    assert "loss/policy" not in whole[1], "the first step is the critic's alone"
+    assert whole[2]["critic/value_mean"] != 0 and whole[2]["optim/grad_norm"] > 0
+    assert whole[1]["reward/kl"] == pytest.approx(0, abs=1e-6), "the policy was still the reference"
+    assert whole[3]["reward/kl"] != pytest.approx(0, abs=1e-6)
+    halves = experiment.parent / "critic-halves"
+    run(experiment, f"run_dir={halves}", *options, "train.steps=2")
+    run(experiment, f"run_dir={halves}", *options)
+    assert_same_metrics(metrics(halves), whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_algorithm_trains(experiment: Path, name: str) -> None:
     run_dir = experiment.parent / name
