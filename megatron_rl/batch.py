@@ -65,7 +65,9 @@ class Batch:
         return Batch(self.prompts[start:stop], self.responses[start:stop], values)
 
 
-def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+def plan_microbatches(
+    lengths: list[int], token_budget: int, ranks: int, equally_many: bool = False
+) -> list[list[list[int]]]:
     """Split sequences over data-parallel ranks and pack each rank's share into micro-batches.
 
     Sequences are sorted by length, so that those packed together are alike; ranks get equal token sums as nearly as
@@ -75,6 +77,8 @@ def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list
         lengths: tokens of each sequence.
         token_budget: most tokens of one micro-batch (a longer sequence is alone in its own).
         ranks: number of data-parallel ranks.
+        equally_many: give every rank as many micro-batches, empty ones among them, as their passes need that meet in
+            all-to-alls of experts.
 
     Returns:
         per rank, per micro-batch, the indices of its sequences. Every rank has at least one micro-batch, possibly
@@ -86,7 +90,9 @@ def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += lengths[index]
-    return [_pack(share, lengths, token_budget) for share in shares]
+    packed = [_pack(share, lengths, token_budget) for share in shares]
+    most = max(map(len, packed)) if equally_many else 0
+    return [rows + [[]] * (most - len(rows)) for rows in packed]
 
 
 def _pack(share: list[int], lengths: list[int], token_budget: int) -> list[list[int]]:

@@ -238,7 +238,13 @@ def initialize(config: Config) -> Runtime:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(config.parallel.tp_size, config.parallel.pp_size)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        parallel.tp_size,
+        parallel.pp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+    )
     model_parallel_cuda_manual_seed(config.train.seed)
     control = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     return Runtime(rank, world_size, device, control)

@@ -198,6 +198,7 @@ class Experiment:
         }
         if "kl" in update:
             metrics["loss/kl"] = update["kl"]
+        metrics |= {name: value for name, value in update.items() if name.startswith("moe/")}
         return self.generator.metrics | metrics | sync | seconds
 
     def log(self, step: int, metrics: Metrics) -> None:

@@ -35,6 +35,7 @@ from megatron_rl.logprobs import token_logprobs
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.policy import build_policy
 from megatron_rl.models.weights import PolicyWeights, draw_weights, has_hf_weights, load_hf_weights
+from megatron_rl.routing import Routing
 
 Progress = Callable[[int, int], None]
 """Called with (micro-batches done, micro-batches in all) of this rank."""
@@ -122,7 +123,8 @@ class Policy:
         """
         lengths = [batch.sequence_length(index) for index in range(len(batch.prompts))]
         budget = self.config.train.tokens_per_microbatch
-        shares = plan_microbatches(lengths, budget, parallel_state.get_data_parallel_world_size())
+        replicas = parallel_state.get_data_parallel_world_size()
+        shares = plan_microbatches(lengths, budget, replicas, equally_many=self.config.parallel.ep_size > 1)
         rows = shares[parallel_state.get_data_parallel_rank()]
         multiple = self.config.parallel.tp_size if self.config.parallel.sequence_parallel else 1
 
@@ -213,6 +215,7 @@ class Trainer(Policy):
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.weights = PolicyWeights(self.model, arch)
+        self.routing = Routing(self.model, config) if arch.experts else None
         self.updates = 0
         self.correction: TokenCorrection
         """Of the tokens of the last `update`."""
@@ -289,6 +292,8 @@ class Trainer(Policy):
         self.module.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.routing is not None:
+            self.routing.start(sum(batch.sequence_length(index) for index in range(len(batch.prompts))))
         results = self._run(batch, loss, forward_only=False, progress=progress)
         rate = learning_rate(self.config.train, self.updates, self.config.train.steps * self.config.train.minibatches)
         # Nothing to learn from: momentum and weight decay must not move the weights either.
@@ -301,6 +306,8 @@ class Trainer(Policy):
         self.updates += 1
         metrics = self._sum_on_driver(results)
         own = {"grad_norm": float(grad_norm), "lr": rate, "skipped": float(skipped)}
+        if self.routing is not None:
+            own |= self.routing.metrics(self.runtime.control_group)
         return metrics | own if self.runtime.is_driver else {}
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.evaluation import check_evaluation
+from megatron_rl.config.experts import MIXTURE, check_experts
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_rl.config.rollout import Rollout
     from megatron_rl.config.schema import Config
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", MIXTURE)
 
 MIN_NUMBERS = 100
 """With fewer numbers to choose from, training and held-out problems would be too few to tell apart."""
@@ -238,7 +239,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             raise ConfigError(
                 f"parallel.tp_size={tp} does not divide the model's {name}={count}; choose a divisor of {count}."
             )
-    if hf["intermediate_size"] % tp:
+    if architecture != MIXTURE and hf["intermediate_size"] % tp:
         raise ConfigError(
             f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}; "
             "choose a divisor."
@@ -260,6 +261,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
         )
     skip_patterns(config.rollout.quantization_skip, layers)
+    check_experts(config, hf)
     _check_profile(config)
     if world_size is not None:
         check_world_size(config, world_size)
@@ -279,6 +281,11 @@ def check_world_size(config: "Config", world_size: int) -> None:
             f"start a multiple of {model_size}."
         )
     dp = world_size // model_size
+    if parallel.tp_size * dp % parallel.ep_size:
+        raise ConfigError(
+            f"parallel.ep_size={parallel.ep_size} does not divide the {parallel.tp_size * dp} trainer processes of a "
+            f"pipeline stage (tp x dp); choose a divisor of {parallel.tp_size * dp}."
+        )
     if parallel.dp_size is not None and parallel.dp_size != dp:
         raise ConfigError(
             f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} "

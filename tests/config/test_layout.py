@@ -92,6 +92,57 @@ def test_a_model_that_does_not_fit_the_layout_is_refused(sections, hf, parts):
         assert part in str(caught.value)
 
 
+MIXTURE = HF | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_local_experts": 6,  # as transformers 5 writes it; 4 wrote num_experts
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "hf", "parts"),
+    [
+        ({"parallel": {"ep_size": 4}}, {}, ["parallel.ep_size=4", "num_experts=6"]),
+        ({"parallel": {"ep_size": 4}}, {"num_experts": 9}, ["num_experts=9"]),
+        ({"parallel": {"tp_size": 2}}, {}, ["parallel.tp_size=2", "parallel.sequence_parallel=true"]),
+        ({"model": {"path": "m", "precision": "fp8"}}, {}, ["model.precision=fp8", "bf16"]),
+        ({"rollout": {"tp_size": 3}}, {"moe_intermediate_size": 32}, ["rollout.tp_size=3", "moe_intermediate_size=32"]),
+        ({"rollout": {"quantization": "int8"}}, {}, ["rollout.quantization=int8", "none"]),
+        ({"rollout": {"verify_weights": True}}, {}, ["rollout.verify_weights=true", "false"]),
+        ({}, {"mlp_only_layers": [0]}, ["mlp_only_layers"]),
+        ({}, {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
+    ],
+)
+def test_a_mixture_of_experts_that_does_not_fit_is_refused(sections, hf, parts):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(_config(**sections), MIXTURE | hf)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"parallel": {"ep_size": 2}}, "parallel.ep_size=2"),
+        ({"train": {"router_aux_loss": 0.1}}, "train.router_aux_loss=0.1"),
+        ({"train": {"router_z_loss": 0.1}}, "train.router_z_loss=0.1"),
+    ],
+)
+def test_keys_of_experts_are_refused_for_a_dense_model(sections, key):
+    with pytest.raises(ConfigError, match=f"{key} is for a mixture of experts, but Qwen3ForCausalLM is dense"):
+        check_layout(_config(**sections), HF)
+
+
+def test_experts_are_dealt_to_the_processes_of_a_stage():
+    split = {"tp_size": 2, "sequence_parallel": True, "pp_size": 2, "ep_size": 6}
+    with pytest.raises(ConfigError, match="parallel.ep_size=6 does not divide the 4 trainer processes"):
+        check_layout(_config(parallel=split), MIXTURE, world_size=8)
+    check_layout(_config(parallel=split), MIXTURE, world_size=12)
+    # The width of its dense layers, which the model does not have, is not split.
+    check_layout(_config(parallel=split), MIXTURE | {"intermediate_size": 511}, world_size=12)
+
+
 def test_a_model_that_fits_is_accepted():
     check_layout(_config(parallel={"tp_size": 2, "pp_size": 3}), HF, world_size=12)
     without_kv = {key: value for key, value in HF.items() if key != "num_key_value_heads"}
