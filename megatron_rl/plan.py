@@ -57,7 +57,7 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
         response_tokens or config.rollout.max_tokens * DEFAULT_SHARE,
         config.train.prompts_per_step * config.algorithm.group_size,
     )
-    dp = world // (config.parallel.tp_size * config.parallel.pp_size)
+    dp = world // config.parallel.model_size
     out = Console(highlight=False)
     size = f"{model_parameters(arch) / 1e9:.2f} B parameters"
     if arch.experts:

@@ -151,14 +151,14 @@ def trainer_memory(
     """
     tp, pp = config.parallel.tp_size, config.parallel.pp_size
     width = 4 if config.model.precision == "fp32" else 2
-    ep = config.parallel.ep_size
+    cp, ep = config.parallel.cp_size, config.parallel.ep_size
     shared, experts = stage_parameters(arch, tp, pp, stage), held_experts(arch, pp, ep)
     parameters = shared + experts
     matrices, _ = layer_parameters(arch, tp)
     # Adam's two moments in float32, and a float32 master copy where the weights themselves are not; over the replicas,
     # for experts over their copies.
-    optimizer = (shared / dp + experts * ep / (tp * dp)) * (8 if width == 4 else 12)
-    tokens = config.train.tokens_per_microbatch
+    optimizer = (shared / (cp * dp) + experts * ep / (tp * cp * dp)) * (8 if width == 4 else 12)
+    tokens = config.train.tokens_per_microbatch / cp
     layers = arch.layers // pp
     per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width, fused)
     in_flight = min(pp - stage, microbatches)  # 1F1B

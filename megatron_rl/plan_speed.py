@@ -162,7 +162,7 @@ def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: 
     """Seconds of a step with `dp` replicas of the trainer."""
     parallel = config.parallel
     rates = [generation(config, arch, gpu, load, precision).tokens_per_s for precision in config.rollout.precisions]
-    speed = gpu.flops * TRAINING_EFFICIENCY * dp * parallel.tp_size * parallel.pp_size
+    speed = gpu.flops * TRAINING_EFFICIENCY * dp * parallel.model_size
     if config.model.precision == "fp8":
         speed *= gpu.low_precision.get("fp8", 1.0)
     waiting = 1 - bubble_share(parallel.pp_size, microbatches(config, load, dp))

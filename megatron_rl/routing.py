@@ -36,7 +36,9 @@ class Routing:
         rank, and leaves the division to a normalisation by counted tokens, of which the trainer counts none.
         """
         self._counts.zero_()
-        share = self._config.parallel.tp_size / tokens
+        parallel = self._config.parallel
+        # Where peers share a micro-batch, each multiplies with its own tokens, of a loss that is divided by them.
+        share = parallel.tp_size * parallel.cp_size / tokens
         for router in self._routers.values():
             router.config.moe_aux_loss_coeff = self._config.train.router_aux_loss * share
             router.config.moe_z_loss_coeff = self._config.train.router_z_loss * share or None

@@ -33,6 +33,7 @@ from megatron_rl.config.schema import Train
 from megatron_rl.device import Runtime
 from megatron_rl.logprobs import token_logprobs
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.context import join
 from megatron_rl.models.policy import build_policy
 from megatron_rl.models.weights import PolicyWeights, draw_weights, has_hf_weights, load_hf_weights
 from megatron_rl.routing import Routing
@@ -62,6 +63,12 @@ def learning_rate(train: Train, update: int, total_updates: int) -> float:
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) and after the last one happens now."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def _is_first_copy() -> bool:
+    """Whether this rank's log-probs count: those of its tensor- and context-parallel peers are the same."""
+    peers = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    return peers == (0, 0)
 
 
 class Policy:
@@ -107,7 +114,7 @@ class Policy:
         self.module.eval()
         results = self._run(batch, None, forward_only=True, progress=progress)
         flat = torch.zeros(batch.tokens)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if _is_first_copy():
             for places, values in results:
                 flat[places] = values
         # Each token was scored by one data-parallel rank; all others hold zeros.
@@ -127,10 +134,11 @@ class Policy:
         shares = plan_microbatches(lengths, budget, replicas, equally_many=self.config.parallel.ep_size > 1)
         rows = shares[parallel_state.get_data_parallel_rank()]
         multiple = self.config.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+        part = parallel_state.get_context_parallel_rank(), self.config.parallel.cp_size
 
         def microbatches() -> Iterator[Microbatch]:
             for done, row in enumerate(rows):
-                yield build_microbatch(batch, row, multiple, self.runtime.device)
+                yield build_microbatch(batch, row, multiple, self.runtime.device, part)
                 if progress is not None:
                     progress(done + 1, len(rows))
 
@@ -175,6 +183,11 @@ class Policy:
             self.vocab_limit,
             parallel_state.get_tensor_model_parallel_group(),
         )
+        if microbatch.own is not None:
+            total, group = len(microbatch.flat_index), parallel_state.get_context_parallel_group()
+            logprobs, entropies = (
+                join(values, microbatch.own, total, group, sum_gradients=False) for values in (logprobs, entropies)
+            )
         if loss_function is None:
             return microbatch.flat_index, logprobs.cpu()
         loss, metrics = loss_function(microbatch, logprobs, entropies)
@@ -312,7 +325,7 @@ class Trainer(Policy):
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
         mine: Metrics = {}
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if _is_first_copy():
             for result in results:
                 for name, tensor in result.items():
                     mine[name] = mine.get(name, 0.0) + float(tensor)

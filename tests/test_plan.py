@@ -176,7 +176,7 @@ def test_gpu_experiments_fit_their_nodes_of_80_gb(name: str) -> None:
     settings, arch = load_config(CONFIGS / f"{name}.yaml"), Architecture.from_hf(shape)
     roles = node_roles(settings, Job(nodes, 8, 8))
     check_layout(settings, shape, roles.trainers * 8)
-    dp = roles.trainers * 8 // (settings.parallel.tp_size * settings.parallel.pp_size)
+    dp = roles.trainers * 8 // settings.parallel.model_size
     load = Workload(
         settings.data.max_prompt_tokens,
         settings.rollout.max_tokens,

@@ -35,6 +35,11 @@ def check_sections(config: "Config") -> None:
         )
     if parallel.sequence_parallel and parallel.tp_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tp_size > 1; set it to false.")
+    if parallel.cp_size > 1 and rollout.speculation.uses_head:
+        raise ConfigError(
+            f"parallel.cp_size={parallel.cp_size} deals the tokens that an EAGLE head would learn from to several "
+            "devices, which is not supported; set it to 1, or leave eagle out of rollout.speculation.drafters."
+        )
     longest = data.max_prompt_tokens + rollout.max_tokens
     if longest > train.tokens_per_microbatch:
         raise ConfigError(
@@ -274,21 +279,22 @@ def check_world_size(config: "Config", world_size: int) -> None:
         ConfigError: naming the keys and the remedy.
     """
     parallel = config.parallel
-    model_size = parallel.tp_size * parallel.pp_size
+    model_size = parallel.model_size
     if world_size % model_size:
         raise ConfigError(
-            f"{world_size} trainer processes cannot hold parallel.tp_size x parallel.pp_size = {model_size}; "
+            f"{world_size} trainer processes cannot hold parallel.tp_size x pp_size x cp_size = {model_size}; "
             f"start a multiple of {model_size}."
         )
     dp = world_size // model_size
-    if parallel.tp_size * dp % parallel.ep_size:
+    stage = world_size // parallel.pp_size
+    if stage % parallel.ep_size:
         raise ConfigError(
-            f"parallel.ep_size={parallel.ep_size} does not divide the {parallel.tp_size * dp} trainer processes of a "
-            f"pipeline stage (tp x dp); choose a divisor of {parallel.tp_size * dp}."
+            f"parallel.ep_size={parallel.ep_size} does not divide the {stage} trainer processes of a pipeline stage "
+            f"(tp x cp x dp); choose a divisor of {stage}."
         )
     if parallel.dp_size is not None and parallel.dp_size != dp:
         raise ConfigError(
-            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} "
+            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp x cp = {model_size} "
             f"give {dp}; start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
         )
     per_minibatch = config.train.prompts_per_step // config.train.minibatches

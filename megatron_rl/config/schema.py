@@ -59,12 +59,20 @@ class Parallel(Section):
     dp_size: PositiveInt | None = None
     """Data parallel size; null: follows from the number of processes that torchrun started (1 without torchrun on a
     CPU, all visible GPUs on a GPU machine)."""
+    cp_size: PositiveInt = 1
+    """Context parallel size: the tokens of each sequence are dealt to this many devices, for long responses. Saves
+    with Transformer Engine's attention on GPUs; elsewhere the same is computed, without a gain."""
     ep_size: PositiveInt = 1
     """Expert parallel size, for a mixture of experts: the experts of a layer are dealt to this many devices of its
-    stage, whole ones to each; it divides tp_size * dp_size."""
+    stage, whole ones to each; it divides tp_size * cp_size * dp_size."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel parts along the sequence (needs tp_size > 1 and Transformer
     Engine)."""
+
+    @property
+    def model_size(self) -> int:
+        """Devices that hold one replica of the model."""
+        return self.tp_size * self.pp_size * self.cp_size
 
 
 class Arithmetic(Section):

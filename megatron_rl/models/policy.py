@@ -28,6 +28,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 _OUR_KEYS = {
     "tensor_model_parallel_size": "parallel.tp_size",
     "pipeline_model_parallel_size": "parallel.pp_size",
+    "context_parallel_size": "parallel.cp_size",
     "expert_model_parallel_size": "parallel.ep_size",
     "sequence_parallel": "parallel.sequence_parallel",
     "recompute_granularity": "train.recompute",
@@ -64,6 +65,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         "init_method_std": std,
         "tensor_model_parallel_size": config.parallel.tp_size,
         "pipeline_model_parallel_size": config.parallel.pp_size,
+        "context_parallel_size": config.parallel.cp_size,
         "sequence_parallel": config.parallel.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,

@@ -147,7 +147,7 @@ class PolicyWeights:
         self.live = _live_parameters(model)
         self.dtype = model.config.params_dtype
         self.shapes = hf_shapes(arch)
-        self.first_replica = parallel_state.get_data_parallel_rank() == 0
+        self.first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         self.first_copy_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
 
     def metadata(self) -> list[TensorMeta]:

@@ -32,6 +32,8 @@ def _refused(*parts, **sections):
 def test_sections_must_fit_each_other():
     _refused("train.prompts_per_step=32", "train.minibatches=5", train={"minibatches": 5})
     _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
+    eagle = {"speculation": {"drafters": ["eagle"], "adaptive": "model"}}
+    _refused("parallel.cp_size=2", "eagle", parallel={"cp_size": 2}, rollout=eagle)
     _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
     mixed = {"quantization": ["none", "int8"], "engines": 2, "precision_tail": 0.1}
     _refused("algorithm.dynamic_sampling=9", "rollout.precision_tail", algorithm={"name": "dapo"}, rollout=mixed)
@@ -153,6 +155,8 @@ def test_the_number_of_processes_must_fit():
     two_by_two = {"tp_size": 2, "pp_size": 2}
     with pytest.raises(ConfigError, match="6 trainer processes.*multiple of 4"):
         check_world_size(_config(parallel=two_by_two), 6)
+    with pytest.raises(ConfigError, match="cp_size = 8; start a multiple of 8"):
+        check_world_size(_config(parallel=two_by_two | {"cp_size": 2}), 12)
     with pytest.raises(ConfigError, match="parallel.dp_size=3.*start 12 processes"):
         check_world_size(_config(parallel=two_by_two | {"dp_size": 3}), 8)
     check_world_size(_config(parallel=two_by_two | {"dp_size": 2}), 8)

@@ -13,20 +13,27 @@ from tests.training.models import make_mixture, random_sequences
 from tests.training.parity_worker import TEMPERATURE
 from tests.training.test_parity import assert_gradients_equal
 
-# processes, pipeline stages, expert parallel size, recompute; the last has two copies of each expert
+# processes, pipeline stages, context and expert parallel size, recompute; the last has two copies of each expert
 LAYOUTS = {
-    "one-process": (1, 1, 1, "none"),
-    "ep2": (2, 1, 2, "selective"),
-    "pp2": (2, 2, 1, "full"),
-    "ep2-pp2": (4, 2, 2, "none"),
-    "ep2-dp4": (4, 1, 2, "full"),
+    "one-process": (1, 1, 1, 1, "none"),
+    "ep2": (2, 1, 1, 2, "selective"),
+    "cp2-ep2": (2, 1, 2, 2, "full"),
+    "pp2": (2, 2, 1, 1, "selective"),
+    "ep2-pp2": (4, 2, 1, 2, "none"),
+    "ep2-dp4": (4, 1, 1, 2, "full"),
 }
+FAST = ("one-process", "ep2")
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The model folder; log-probs of all responses, and gradients of their mean negative log-likelihood."""
     folder = make_mixture(tmp_path_factory.mktemp("mixture") / "model")
+    return folder, *likelihood(folder)
+
+
+def likelihood(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """By transformers: log-probs of 13 responses, and gradients of their mean negative log-likelihood by names."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logprobs = []
     for prompt, response in zip(*random_sequences(13), strict=True):
@@ -34,7 +41,7 @@ def reference(tmp_path_factory):
         logprobs.append((row / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
     flat = torch.cat(logprobs)
     (-flat.mean()).backward()
-    return folder, flat.detach(), hf_names({name: value.grad for name, value in model.named_parameters()})
+    return flat.detach(), hf_names({name: value.grad for name, value in model.named_parameters()})
 
 
 def hf_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,12 +63,13 @@ def hf_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "layout", [name if LAYOUTS[name][0] < 4 else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_logprobs_gradients_and_files_equal_transformers(layout: str, reference, tmp_path: Path):
     folder, logprobs, gradients = reference
-    processes, pp, ep, recompute = LAYOUTS[layout]
-    run_workers("tests.training.mixture_worker", processes, folder, str(pp), str(ep), recompute, tmp_path)
+    processes, pp, cp, ep, recompute = LAYOUTS[layout]
+    sizes = map(str, (pp, cp, ep))
+    run_workers("tests.training.layout_worker", processes, folder, *sizes, recompute, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
     stored, exported = load_file(folder / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert exported.keys() == stored.keys()

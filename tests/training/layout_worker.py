@@ -1,6 +1,6 @@
-"""Runs a tiny mixture of experts under one parallel layout and saves what this rank computed.
+"""Runs a tiny model under one parallel layout and saves what this rank computed.
 
-mixture_worker MODEL PP EP RECOMPUTE OUTPUT
+layout_worker MODEL PP CP EP RECOMPUTE OUTPUT
 """
 
 import sys
@@ -18,13 +18,14 @@ from tests.training.parity_worker import TEMPERATURE, gradients, make_config
 
 
 def main() -> None:
-    model, pp, ep, recompute, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
-    config = make_config(Path(model), 1, pp, ep, recompute=recompute)
+    model, *sizes, recompute, output = sys.argv[1:]
+    pp, cp, ep = map(int, sizes)
+    config = make_config(Path(model), 1, pp, cp, ep, recompute=recompute)
     runtime = device.initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, TEMPERATURE)
     # An odd number: replicas get different numbers of sequences.
     batch = Batch(*random_sequences(13))
-    export_hf(trainer.weights, model, output / "hf")
+    export_hf(trainer.weights, model, Path(output) / "hf")
     result = {
         "logprobs": trainer.logprobs(batch),
         "pieces": [(name, index, value.clone()) for name, index, value in trainer.weights.pieces()],
@@ -33,7 +34,7 @@ def main() -> None:
         "gradients": gradients(trainer, batch),
         "metrics": trainer.imitate(batch),
     }
-    torch.save(result, output / f"rank{runtime.rank}.pt")
+    torch.save(result, Path(output) / f"rank{runtime.rank}.pt")
     device.shutdown()
 
 
