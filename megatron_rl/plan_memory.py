@@ -94,8 +94,8 @@ def feed_forward_activations(arch: Architecture, tp: int, hidden: float) -> floa
     inner = 5 * arch.ffn_hidden_size
     if not arch.experts:
         return inner / tp
-    # Each expert has a copy of the token, and an output that is weighed; the product with the weight comes on top.
-    return (2 * hidden + (inner + arch.ffn_hidden_size) * hidden / arch.hidden_size) * arch.experts_per_token
+    # Each expert has a copy of the token, and the product times the expert's weight on top.
+    return (hidden + (inner + arch.ffn_hidden_size) * hidden / arch.hidden_size) * arch.experts_per_token
 
 
 def norm_activations(hidden: float, width: int, fused: bool) -> float:
