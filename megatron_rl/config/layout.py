@@ -35,11 +35,8 @@ def check_sections(config: "Config") -> None:
         )
     if parallel.sequence_parallel and parallel.tp_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tp_size > 1; set it to false.")
-    if parallel.cp_size > 1 and rollout.speculation.uses_head:
-        raise ConfigError(
-            f"parallel.cp_size={parallel.cp_size} deals the tokens that an EAGLE head would learn from to several "
-            "devices, which is not supported; set it to 1, or leave eagle out of rollout.speculation.drafters."
-        )
+    if rollout.speculation.uses_head:
+        check_drafter(config)
     longest = data.max_prompt_tokens + rollout.max_tokens
     if longest > train.tokens_per_microbatch:
         raise ConfigError(
@@ -68,6 +65,19 @@ def check_sections(config: "Config") -> None:
         raise ConfigError(
             f"data.arithmetic.digits={arithmetic.digits} leaves fewer than {MIN_NUMBERS} numbers to double "
             f"data.arithmetic.max_doublings={arithmetic.max_doublings} times; raise the first or lower the second."
+        )
+
+
+def check_drafter(config: "Config") -> None:
+    """Can an EAGLE head learn from this trainer's policy?
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    if config.parallel.cp_size > 1:
+        raise ConfigError(
+            f"parallel.cp_size={config.parallel.cp_size} deals the tokens that an EAGLE head would learn from to "
+            "several devices, which is not supported; set it to 1, or leave eagle out of rollout.speculation.drafters."
         )
 
 
