@@ -41,7 +41,8 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     """megatron-core's configuration of `architecture`, with the user's `model.megatron` options applied last.
 
     Raises:
-        ConfigError: for an option that megatron-core does not have, or a value that it refuses.
+        ConfigError: for an option that megatron-core does not have or that has a key of ours, and a value that it
+            refuses.
     """
     low_precision = config.model.precision != "fp32"
     dtype = torch.bfloat16 if low_precision else torch.float32
@@ -102,7 +103,16 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
 
 
 def _mixture(config: Config, architecture: Architecture) -> dict[str, Any]:
-    """Options of a mixture of experts."""
+    """Options of a mixture of experts.
+
+    Raises:
+        ConfigError: on a GPU without Transformer Engine.
+    """
+    if device.on_gpu() and not device.has_transformer_engine():
+        raise ConfigError(
+            f"model.path={config.model.path!r} is a mixture of experts: on a GPU its router needs Transformer Engine; "
+            "install megatron-rl[cuda]."
+        )
     return {
         "num_moe_experts": architecture.experts,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
