@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 
 from megatron_rl.models.attention import PackedSequences
+from megatron_rl.models.context import held_places
 from rollout.records import Rollout, Source
 
 
@@ -65,7 +66,9 @@ class Batch:
         return Batch(self.prompts[start:stop], self.responses[start:stop], values)
 
 
-def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+def plan_microbatches(
+    lengths: list[int], token_budget: int, ranks: int, equally_many: bool = False
+) -> list[list[list[int]]]:
     """Split sequences over data-parallel ranks and pack each rank's share into micro-batches.
 
     Sequences are sorted by length, so that those packed together are alike; ranks get equal token sums as nearly as
@@ -75,6 +78,8 @@ def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list
         lengths: tokens of each sequence.
         token_budget: most tokens of one micro-batch (a longer sequence is alone in its own).
         ranks: number of data-parallel ranks.
+        equally_many: give every rank as many micro-batches, empty ones among them, as their passes need that meet in
+            all-to-alls of experts.
 
     Returns:
         per rank, per micro-batch, the indices of its sequences. Every rank has at least one micro-batch, possibly
@@ -86,7 +91,9 @@ def plan_microbatches(lengths: list[int], token_budget: int, ranks: int) -> list
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += lengths[index]
-    return [_pack(share, lengths, token_budget) for share in shares]
+    packed = [_pack(share, lengths, token_budget) for share in shares]
+    most = max(map(len, packed)) if equally_many else 0
+    return [rows + [[]] * (most - len(rows)) for rows in packed]
 
 
 def _pack(share: list[int], lengths: list[int], token_budget: int) -> list[list[int]]:
@@ -103,27 +110,40 @@ def _pack(share: list[int], lengths: list[int], token_budget: int) -> list[list[
 
 @dataclass
 class Microbatch:
-    """One packed row, on the device."""
+    """One packed row, or a context-parallel rank's part of it, on the device."""
 
     input_ids: Int[torch.Tensor, "one packed"]
     packing: PackedSequences
-    rows: Int[torch.Tensor, "tokens"]
-    """Places in the packed row whose logits predict a response token."""
-    targets: Int[torch.Tensor, "tokens"]
-    """The response tokens."""
+    rows: Int[torch.Tensor, "own"]
+    """Places in the (part of the) packed row whose logits predict a response token."""
+    targets: Int[torch.Tensor, "own"]
+    """The response tokens that they predict."""
+    own: Int[torch.Tensor, "own"] | None
+    """Which of the row's response tokens these are; None: all."""
     flat_index: Int[torch.Tensor, "tokens"]
-    """Their places in the batch's flat layout (on the CPU)."""
+    """Places of all its response tokens in the batch's flat layout (on the CPU)."""
     values: dict[str, Float[torch.Tensor, "tokens"]]
     """The batch's per-token values at `flat_index`, on the device."""
     sequences: list[int]
     """Which sequences of the batch are in the row, in their order there."""
 
 
-def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: torch.device) -> Microbatch:
-    """Pack the sequences `indices` of `batch` into one row whose length is a multiple of `multiple`.
+def build_microbatch(
+    batch: Batch, indices: list[int], multiple: int, device: torch.device, part: tuple[int, int] = (0, 1)
+) -> Microbatch:
+    """Pack the sequences `indices` of `batch` into one row.
 
     An empty list gives a row of padding, which keeps all ranks of a pipeline in step.
+
+    Args:
+        batch: where the sequences are.
+        indices: which ones.
+        multiple: the length of the row, or of each rank's part of it, is a multiple of this.
+        device: for the tensors.
+        part: rank and size of the context-parallel group; see `models/context.py`.
     """
+    rank, size = part
+    unit = 2 * size if size > 1 else 1
     input_ids: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
@@ -135,18 +155,27 @@ def build_microbatch(batch: Batch, indices: list[int], multiple: int, device: to
         rows += range(first, first + len(response))
         targets += response
         flat_index += range(batch.offsets[index], batch.offsets[index + 1])
-        input_ids += prompt + response
-        lengths.append(len(prompt) + len(response))
-    padding = -len(input_ids) % multiple if input_ids else multiple
+        padding = -(len(prompt) + len(response)) % unit
+        input_ids += prompt + response + [0] * padding
+        lengths.append(len(prompt) + len(response) + padding)
+    padding = -len(input_ids) % (multiple * unit) if input_ids else multiple * unit
     if padding:
         input_ids += [0] * padding
         lengths.append(padding)
     places = torch.tensor(flat_index, dtype=torch.int64)
+    tokens, predicting, predicted = (torch.tensor(ids, dtype=torch.int64) for ids in (input_ids, rows, targets))
+    held = own = None
+    if size > 1:
+        held = held_places(lengths, rank, size)
+        place_here = torch.full((len(tokens),), -1).index_copy(0, held, torch.arange(len(held)))
+        own = (place_here[predicting] >= 0).nonzero()[:, 0]
+        tokens, predicting, predicted = tokens[held], place_here[predicting[own]], predicted[own]
     return Microbatch(
-        input_ids=torch.tensor(input_ids, device=device)[None],
-        packing=PackedSequences.from_lengths(lengths, device),
-        rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        targets=torch.tensor(targets, dtype=torch.int64, device=device),
+        input_ids=tokens.to(device)[None],
+        packing=PackedSequences.from_lengths(lengths, device, held),
+        rows=predicting.to(device),
+        targets=predicted.to(device),
+        own=None if own is None else own.to(device),
         flat_index=places,
         values={name: value[places].to(device) for name, value in batch.values.items()},
         sequences=indices,

@@ -51,6 +51,9 @@ class _NoStream:
     def record(self, stream: Any = None) -> None:
         pass
 
+    def record_event(self) -> "_NoStream":
+        return self
+
     def synchronize(self) -> None:
         pass
 
@@ -68,6 +71,7 @@ def install() -> None:
     if _mode is not None:
         return
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from megatron_rl import megatron_version
 
@@ -87,9 +91,18 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    moe: Any = moe_utils
+    moe.te_general_gemm = None  # routers ask for it, but it is imported with Transformer Engine only
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
     _leave_out_lonely_collectives()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+def _as_on_the_host(values: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What tensors on the host are to the dispatcher of experts: sizes of all-to-alls must not be tensors."""
+    return values.numpy() if as_numpy and torch.is_tensor(values) else values
 
 
 def _leave_out_lonely_collectives() -> None:

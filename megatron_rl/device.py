@@ -110,7 +110,7 @@ def default_world_size(config: Config) -> int:
     Raises:
         ConfigError: when the GPUs do not suffice.
     """
-    model_size = config.parallel.tp_size * config.parallel.pp_size
+    model_size = config.parallel.model_size
     if config.parallel.dp_size is not None:
         world_size = model_size * config.parallel.dp_size
     elif on_gpu():
@@ -119,7 +119,7 @@ def default_world_size(config: Config) -> int:
         world_size = model_size
     if on_gpu() and world_size > torch.cuda.device_count():
         raise ConfigError(
-            f"parallel.tp_size x pp_size x dp_size = {world_size} but this machine shows "
+            f"parallel.tp_size x pp_size x cp_size x dp_size = {world_size} but this machine shows "
             f"{torch.cuda.device_count()} GPUs; lower them, or use launch/multinode.sh."
         )
     check_world_size(config, world_size)
@@ -238,7 +238,14 @@ def initialize(config: Config) -> Runtime:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(config.parallel.tp_size, config.parallel.pp_size)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        parallel.tp_size,
+        parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+    )
     model_parallel_cuda_manual_seed(config.train.seed)
     control = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     return Runtime(rank, world_size, device, control)

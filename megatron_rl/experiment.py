@@ -233,6 +233,7 @@ class Experiment:
         }
         if "kl" in update:
             metrics["loss/kl"] = update["kl"]
+        metrics |= {name: value for name, value in update.items() if name.startswith("moe/")}
         return metrics
 
     def log(self, step: int, metrics: Metrics) -> None:

@@ -6,7 +6,14 @@ from rich.table import Table
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import check_layout, read_hf_config
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.plan_memory import EngineMemory, Memory, engine_memory, model_parameters, trainer_memory
+from megatron_rl.plan_memory import (
+    EngineMemory,
+    Memory,
+    active_parameters,
+    engine_memory,
+    model_parameters,
+    trainer_memory,
+)
 from megatron_rl.plan_speed import (
     GPUS,
     Gpu,
@@ -50,9 +57,12 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
         response_tokens or config.rollout.max_tokens * DEFAULT_SHARE,
         config.train.prompts_per_step * config.algorithm.group_size,
     )
-    dp = world // (config.parallel.tp_size * config.parallel.pp_size)
+    dp = world // config.parallel.model_size
     out = Console(highlight=False)
-    out.print(f"{model_parameters(arch) / 1e9:.2f} B parameters; {describe(config, job, roles)}", soft_wrap=True)
+    size = f"{model_parameters(arch) / 1e9:.2f} B parameters"
+    if arch.experts:
+        size += f", {active_parameters(arch) / 1e9:.2f} B active"
+    out.print(f"{size}; {describe(config, job, roles)}", soft_wrap=True)
     out.print(
         f"per step {load.sequences} sequences of {load.prompt_tokens:.0f} + {load.response_tokens:.0f} tokens (mean)"
     )
@@ -94,7 +104,7 @@ def _print_memory(out: Console, config: Config, arch: Architecture, gpu: Gpu, lo
         out.print(
             f"does not fit: {_gib(total - gpu.memory)} GiB too much. Lower train.tokens_per_microbatch or "
             "rollout.vllm.gpu_memory_utilization, set rollout.sleep=1, recompute activations "
-            "(model.megatron.recompute_granularity=full), or split further (parallel.*, more nodes).",
+            "(train.recompute=full), or split further (parallel.*, more nodes).",
             soft_wrap=True,
         )
     for kind, engine in engines.items():

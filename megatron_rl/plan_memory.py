@@ -18,10 +18,12 @@ BYTES = {"none": 2.0, "int8": 1.0, "fp8": 1.0, "fp8_channel": 1.0, "fp8_block": 
 
 
 def layer_parameters(arch: Architecture, tp: int = 1) -> tuple[int, int]:
-    """Parameters of one decoder layer on one of `tp` GPUs: (of linear layers' matrices, all others)."""
+    """Parameters of a decoder layer on one of `tp` GPUs, without experts: (of linear layers' matrices, all others)."""
     queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    matrices = (arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size) // tp
-    others = 2 * arch.hidden_size
+    matrices = arch.hidden_size * (2 * queries + 2 * keys) // tp
+    others = 2 * arch.hidden_size + arch.hidden_size * arch.experts  # the router's matrix is never rounded
+    if not arch.experts:
+        matrices += expert_parameters(arch) // tp
     if arch.qk_norm:
         others += 2 * arch.head_dim
     if arch.qkv_bias:
@@ -29,8 +31,18 @@ def layer_parameters(arch: Architecture, tp: int = 1) -> tuple[int, int]:
     return matrices, others
 
 
+def expert_parameters(arch: Architecture) -> int:
+    """Parameters of one expert, or of the feed-forward layer of a dense model."""
+    return 3 * arch.hidden_size * arch.ffn_hidden_size
+
+
+def held_experts(arch: Architecture, pp: int, ep: int) -> int:
+    """Parameters of the experts that a GPU holds."""
+    return arch.layers // pp * (arch.experts // ep) * expert_parameters(arch)
+
+
 def stage_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    """Parameters that a GPU of `stage` (0 .. pp - 1) holds; padding of the vocabulary included."""
+    """Parameters that a GPU of `stage` (0 .. pp - 1) holds, without experts; padding of the vocabulary included."""
     count = sum(layer_parameters(arch, tp)) * (arch.layers // pp)
     table = arch.padded_vocab(tp) // tp * arch.hidden_size
     first, last = stage == 0, stage == pp - 1
@@ -54,7 +66,12 @@ def critic_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
 
 def model_parameters(arch: Architecture) -> int:
     """Parameters of the whole model."""
-    return stage_parameters(arch, 1, 1, 0)
+    return stage_parameters(arch, 1, 1, 0) + held_experts(arch, 1, 1)
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Parameters of the whole model that work on one token."""
+    return model_parameters(arch) - arch.layers * (arch.experts - arch.experts_per_token) * expert_parameters(arch)
 
 
 def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, width: int, fused: bool = True) -> float:
@@ -66,8 +83,7 @@ def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, widt
     """
     hidden = arch.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp
-    # Output of the first layer (two halves), the activated half, the other with its offset, and their product.
-    feed_forward = 5 * arch.ffn_hidden_size / tp
+    feed_forward = feed_forward_activations(arch, tp, hidden)
     # Projections (values are a view of them), queries and keys with their positions, output.
     attention = (queries + 2 * keys) + (queries + keys) + queries
     norms = 2 * norm_activations(hidden, width, fused)
@@ -77,6 +93,19 @@ def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool, widt
         if arch.qk_norm:  # in float32, for bf16 also a copy of what comes in
             norms += (4 if width == 4 else 8) * (queries + keys)
     return norms + width * (attention + feed_forward)
+
+
+def feed_forward_activations(arch: Architecture, tp: int, hidden: float) -> float:
+    """Numbers that the feed-forward layer, or the experts of a token, keep per token; `hidden`: width of its input.
+
+    With experts it is the mean: that of a GPU whose experts get an equal share of the tokens.
+    """
+    # Output of the first layer (two halves), the activated half, the other with its offset, and their product.
+    inner = 5 * arch.ffn_hidden_size
+    if not arch.experts:
+        return inner / tp
+    # Each expert has a copy of the token, and the product times the expert's weight on top.
+    return (hidden + (inner + arch.ffn_hidden_size) * hidden / arch.hidden_size) * arch.experts_per_token
 
 
 def norm_activations(hidden: float, width: int, fused: bool) -> float:
@@ -134,20 +163,28 @@ def trainer_memory(
     """
     tp, pp = config.parallel.tp_size, config.parallel.pp_size
     width = 4 if config.model.precision == "fp32" else 2
-    parameters = stage_parameters(arch, tp, pp, stage)
+    cp, ep = config.parallel.cp_size, config.parallel.ep_size
+    shared, experts = stage_parameters(arch, tp, pp, stage), held_experts(arch, pp, ep)
+    parameters = shared + experts
     matrices, _ = layer_parameters(arch, tp)
-    # Adam's two moments in float32, and a float32 master copy where the weights themselves are not; over the replicas.
-    adam = (8 if width == 4 else 12) / dp
-    tokens = config.train.tokens_per_microbatch
+    # Adam's two moments in float32, and a float32 master copy where the weights themselves are not; over the replicas,
+    # for experts over their copies.
+    adam = 8 if width == 4 else 12
+    optimizer = (shared / (cp * dp) + experts * ep / (tp * cp * dp)) * adam
+    critic = critic_parameters(arch, tp, pp, stage) if needs_critic(config.algorithm) else 0
+    critic_experts = experts if critic else 0
+    tokens = config.train.tokens_per_microbatch / cp
     layers = arch.layers // pp
     per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width, fused)
     in_flight = min(pp - stage, microbatches)  # 1F1B
-    if config.model.megatron.get("recompute_granularity") == "full":
-        # Each layer keeps its input, and one at a time is computed again.
-        kept = width * arch.hidden_size / (tp if config.parallel.sequence_parallel else 1)
-        activations = tokens * (in_flight * layers * kept + per_layer)
-    else:
-        activations = tokens * in_flight * layers * per_layer
+    hidden = arch.hidden_size / (tp if config.parallel.sequence_parallel else 1)
+    # What a layer keeps until the backward pass reaches it, and what it computes again then, one layer at a time.
+    again = {
+        "none": 0.0,
+        "selective": width * feed_forward_activations(arch, tp, hidden),
+        "full": per_layer - width * hidden,
+    }[config.train.recompute]
+    activations = tokens * (in_flight * layers * (per_layer - again) + again)
     # Logits of one micro-batch and their gradient.
     logits = 2 * width * tokens * arch.padded_vocab(tp) / tp if stage == pp - 1 else 0.0
     return Memory(
@@ -156,9 +193,10 @@ def trainer_memory(
         # Transformer Engine keeps the rounded weights and their transposes over the micro-batches of a step.
         fp8_copies=2.0 * matrices * layers if config.model.precision == "fp8" else 0.0,
         gradients=4 * parameters,
-        optimizer=adam * parameters,
+        optimizer=optimizer,
         reference=width * parameters if config.algorithm.kl.coef > 0 else 0.0,
-        critic=(width + 4 + adam) * critic_parameters(arch, tp, pp, stage) if needs_critic(config.algorithm) else 0.0,
+        critic=(width + 4) * (critic + critic_experts)
+        + adam * (critic / (cp * dp) + critic_experts * ep / (tp * cp * dp)),
         activations=activations,
         logits=logits,
         runtime=RUNTIME_BYTES,
@@ -188,7 +226,8 @@ def engine_memory(config: Config, arch: Architecture, gpu_bytes: float, precisio
     width = 4 if config.model.precision == "fp32" else 2
     linear = width if precision == "none" else BYTES[precision]
     tables = stage_parameters(arch, tp, 1, 0) - arch.layers * (matrices + others)
-    weights = linear * matrices * arch.layers + width * (others * arch.layers + tables)
+    experts = held_experts(arch, 1, 1) // tp
+    weights = linear * matrices * arch.layers + width * (others * arch.layers + tables + experts)
     # Keys and values are copied where there are more GPUs than their heads.
     per_token = 2 * width * arch.layers * max(arch.kv_heads / tp, 1) * arch.head_dim
     # A tenth for activations and CUDA graphs.

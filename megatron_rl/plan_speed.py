@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from megatron_rl.algorithms import needs_critic
 from megatron_rl.config import Config
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.plan_memory import engine_memory, layer_parameters, model_parameters
+from megatron_rl.plan_memory import (
+    engine_memory,
+    expert_parameters,
+    held_experts,
+    layer_parameters,
+    model_parameters,
+)
 
 TRAINING_EFFICIENCY = 0.4
 """Share of the peak that the trainer's matrix products reach, its communication included."""
@@ -70,9 +76,22 @@ def bubble_share(pp: int, count: int) -> float:
 def flops_per_token(arch: Architecture, length: float) -> float:
     """Of a forward pass: 2 per parameter that multiplies, and 4 per query width and visible position (half of all)."""
     matrices, _ = layer_parameters(arch)
-    products = matrices * arch.layers + arch.vocab_size * arch.hidden_size
+    mixture = feed_forward_products(arch) if arch.experts else 0
+    products = (matrices + mixture) * arch.layers + arch.vocab_size * arch.hidden_size
     attention = 4 * arch.layers * arch.heads * arch.head_dim * length / 2
     return 2 * products + attention
+
+
+def feed_forward_products(arch: Architecture) -> int:
+    """Parameters that one layer multiplies a token with, without attention; of a mixture, router and chosen experts."""
+    if not arch.experts:
+        return expert_parameters(arch)
+    return arch.experts_per_token * expert_parameters(arch) + arch.experts * arch.hidden_size
+
+
+def feed_forward_share(arch: Architecture, length: float) -> float:
+    """Of the operations of a forward pass."""
+    return 2 * arch.layers * feed_forward_products(arch) / flops_per_token(arch, length)
 
 
 @dataclass(frozen=True)
@@ -97,17 +116,27 @@ def generation(config: Config, arch: Architecture, gpu: Gpu, load: Workload, pre
     batch = min(share, room, float(config.rollout.vllm.get("max_num_seqs", share)))
     kind = "int8" if precision == "int8" else "fp8"
     faster = gpu.low_precision.get(kind, 1.0) if precision != "none" else 1.0
-    reading = (memory.weights + batch * memory.per_token * length) / (gpu.bandwidth * DECODING_EFFICIENCY)
+    weights = memory.weights - idle_experts(config, arch, batch)
+    reading = (weights + batch * memory.per_token * length) / (gpu.bandwidth * DECODING_EFFICIENCY)
     computing = batch * flops_per_token(arch, length) / tp / (gpu.flops * faster * TRAINING_EFFICIENCY)
     if computing > reading:
         limit = "arithmetic"
     elif batch < share:
         limit = "room for keys and values"
-    elif memory.weights > batch * memory.per_token * length:
+    elif weights > batch * memory.per_token * length:
         limit = "reading the weights (more requests or fewer bytes per weight help)"
     else:
         limit = "reading keys and values"
     return Generation(precision, batch, batch / max(reading, computing), limit)
+
+
+def idle_experts(config: Config, arch: Architecture, batch: float) -> float:
+    """Bytes of the experts, on a GPU of an engine, that no token of a decoding step goes to, with even routing."""
+    if not arch.experts:
+        return 0.0
+    width = 4 if config.model.precision == "fp32" else 2
+    missed = (1 - arch.experts_per_token / arch.experts) ** batch
+    return missed * width * held_experts(arch, 1, 1) / config.rollout.tp_size
 
 
 @dataclass(frozen=True)
@@ -134,22 +163,23 @@ class StepTime:
 
 def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> StepTime:
     """Seconds of a step with `dp` replicas of the trainer."""
-    parallel, megatron = config.parallel, config.model.megatron
+    parallel = config.parallel
     rates = [generation(config, arch, gpu, load, precision).tokens_per_s for precision in config.rollout.precisions]
-    speed = gpu.flops * TRAINING_EFFICIENCY * dp * parallel.tp_size * parallel.pp_size
+    speed = gpu.flops * TRAINING_EFFICIENCY * dp * parallel.model_size
     if config.model.precision == "fp8":
         speed *= gpu.low_precision.get("fp8", 1.0)
     waiting = 1 - bubble_share(parallel.pp_size, microbatches(config, load, dp))
-    forward = load.tokens * flops_per_token(arch, load.prompt_tokens + load.response_tokens) / (speed * waiting)
+    length = load.prompt_tokens + load.response_tokens
+    forward = load.tokens * flops_per_token(arch, length) / (speed * waiting)
+    again = {"none": 0.0, "selective": feed_forward_share(arch, length), "full": 1.0}[config.train.recompute]
     critic = float(needs_critic(config.algorithm))
-    passes = 4 if megatron.get("recompute_granularity") == "full" else 3
     return StepTime(
         generate=load.sequences * load.response_tokens / sum(rates),
         old_logprobs=forward,
         ref_logprobs=forward if config.algorithm.kl.coef > 0 else 0.0,
         values=critic * forward,
-        critic_update=critic * passes * forward,
-        update=passes * forward,
+        critic_update=critic * (3 + again) * forward,
+        update=(3 + again) * forward,
         weight_sync=sync_seconds(config, arch, gpu),
     )
 

@@ -134,10 +134,9 @@ def describe(config: Config, job: Job, roles: Nodes) -> str:
     """The layout in one sentence."""
     parallel, rollout = config.parallel, config.rollout
     world = roles.trainers * job.processes_per_node
-    trainers = (
-        f"{world} trainer processes (tp {parallel.tp_size}, pp {parallel.pp_size}, "
-        f"dp {world // (parallel.tp_size * parallel.pp_size)}) on {_count(roles.trainers)}"
-    )
+    sizes = [f"tp {parallel.tp_size}", f"pp {parallel.pp_size}", f"dp {world // parallel.model_size}"]
+    sizes += [f"{name} {size}" for name, size in (("cp", parallel.cp_size), ("ep", parallel.ep_size)) if size > 1]
+    trainers = f"{world} trainer processes ({', '.join(sizes)}) on {_count(roles.trainers)}"
     where = f"on {_count(roles.engines)} of their own" if rollout.placement == "separate" else "beside them"
     return f"{trainers}; {rollout.engines} engine(s) of tp {rollout.tp_size} {where}"
 

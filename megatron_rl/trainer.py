@@ -33,8 +33,10 @@ from megatron_rl.config.schema import Train
 from megatron_rl.device import Runtime
 from megatron_rl.logprobs import token_logprobs
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.context import join
 from megatron_rl.models.policy import build_policy
 from megatron_rl.models.weights import PolicyWeights, draw_weights, has_hf_weights, load_hf_weights
+from megatron_rl.routing import Routing
 
 Progress = Callable[[int, int], None]
 """Called with (micro-batches done, micro-batches in all) of this rank."""
@@ -63,6 +65,12 @@ def learning_rate(train: Train, update: int, total_updates: int) -> float:
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) and after the last one happens now."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def _is_first_copy() -> bool:
+    """Whether this rank's log-probs count: those of its tensor- and context-parallel peers are the same."""
+    peers = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    return peers == (0, 0)
 
 
 class Policy:
@@ -116,7 +124,7 @@ class Policy:
         self.module.eval()
         results = self._run(batch, None, forward_only=True, progress=progress)
         flat = torch.zeros(batch.tokens)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if _is_first_copy():
             for places, values in results:
                 flat[places] = values
         # Each token was scored by one data-parallel rank; all others hold zeros.
@@ -132,13 +140,15 @@ class Policy:
         """
         lengths = [batch.sequence_length(index) for index in range(len(batch.prompts))]
         budget = self.config.train.tokens_per_microbatch
-        shares = plan_microbatches(lengths, budget, parallel_state.get_data_parallel_world_size())
+        replicas = parallel_state.get_data_parallel_world_size()
+        shares = plan_microbatches(lengths, budget, replicas, equally_many=self.config.parallel.ep_size > 1)
         rows = shares[parallel_state.get_data_parallel_rank()]
         multiple = self.config.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+        part = parallel_state.get_context_parallel_rank(), self.config.parallel.cp_size
 
         def microbatches() -> Iterator[Microbatch]:
             for done, row in enumerate(rows):
-                yield build_microbatch(batch, row, multiple, self.runtime.device)
+                yield build_microbatch(batch, row, multiple, self.runtime.device, part)
                 if progress is not None:
                     progress(done + 1, len(rows))
 
@@ -177,6 +187,9 @@ class Policy:
         if self.config.parallel.sequence_parallel:
             output = output.index_select(0, microbatch.rows)
         values = self._read(microbatch, output)
+        if microbatch.own is not None:
+            total, group = len(microbatch.flat_index), parallel_state.get_context_parallel_group()
+            values = tuple(join(part, microbatch.own, total, group, sum_gradients=False) for part in values)
         if loss_function is None:
             return microbatch.flat_index, values[0].cpu()
         loss, metrics = loss_function(microbatch, *values)
@@ -227,6 +240,7 @@ class Trainer(Policy):
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.weights = PolicyWeights(self.model, arch)
+        self.routing = Routing(self.model, config) if arch.experts else None
         self.updates = 0
         self.total_updates = train.steps * train.minibatches
         """Those that the schedule of the learning rate spans."""
@@ -305,6 +319,8 @@ class Trainer(Policy):
         self.module.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.routing is not None:
+            self.routing.start(sum(batch.sequence_length(index) for index in range(len(batch.prompts))))
         results = self._run(batch, loss, forward_only=False, progress=progress)
         rate = learning_rate(self.config.train, self.updates, self.total_updates)
         # Nothing to learn from: momentum and weight decay must not move the weights either.
@@ -317,11 +333,13 @@ class Trainer(Policy):
         self.updates += 1
         metrics = self._sum_on_driver(results)
         own = {"grad_norm": float(grad_norm), "lr": rate, "skipped": float(skipped)}
+        if self.routing is not None:
+            own |= self.routing.metrics(self.runtime.control_group)
         return metrics | own if self.runtime.is_driver else {}
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
         mine: Metrics = {}
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if _is_first_copy():
             for result in results:
                 for name, tensor in result.items():
                     mine[name] = mine.get(name, 0.0) + float(tensor)

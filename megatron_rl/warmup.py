@@ -18,6 +18,7 @@ from drafter.vocabulary import DraftVocabulary, choose_vocabulary
 from megatron_rl import device
 from megatron_rl.batch import Batch
 from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.layout import check_drafter
 from megatron_rl.console import Console
 from megatron_rl.coordination import Coordinator
 from megatron_rl.device import Runtime
@@ -58,6 +59,7 @@ def run(config: Config, options: WarmupOptions) -> None:
     Raises:
         ConfigError: when the config does not fit the machine, the model or the data, or the rollouts are of no use.
     """
+    check_drafter(config)
     runtime = device.initialize(config)
     console = Console(runtime.is_driver)
     start = begin(config, runtime)

@@ -1,5 +1,5 @@
-"""The one place that changes vLLM. Eight functions, all about which token is sampled, or when, for engines of ours, and
-four for engines of others (at the end):
+"""The one place that changes vLLM. Nine functions for engines of ours, all but one about which token is sampled, or
+when, and four for engines of others (at the end):
 
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
@@ -18,6 +18,8 @@ four for engines of others (at the end):
   be one with it, so that new weights for one would overwrite the other.
 - `SamplingParams._validate_spec_decode`: vLLM refuses min-p and logit bias beside drafts, because its own verification
   lacks them; ours does not.
+- `UnquantizedFusedMoEMethod._setup_kernel`, on CPU: vLLM 0.32 packs experts for its kernel when it loads them, but not
+  when they get new weights, which the kernel would then read in the wrong places.
 - For `rollout.drop_in`: `EngineArgs.create_engine_config`, before which its settings go into the arguments (plugins are
   loaded when these exist already); `Worker.load_model`, after which a reload is tried; `Worker.reload_weights` and
   `finish_weight_update`, after which an output layer that vLLM forgets on CPU is renewed.
@@ -39,6 +41,7 @@ import vllm
 from jaxtyping import Int
 from torch import Tensor
 from vllm import EngineArgs, SamplingParams
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample import rejection_sampler
@@ -101,6 +104,20 @@ def install_coupled_sampling(vocab_limit: int | None) -> None:
     SamplingParams._validate_spec_decode = _validate_spec_decode
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+        _replace_packing()
+
+
+def _replace_packing() -> None:
+    original = UnquantizedFusedMoEMethod._setup_kernel
+
+    @wraps(original)
+    def set_up(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
+        has_packed = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if has_packed:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    UnquantizedFusedMoEMethod._setup_kernel = set_up
 
 
 def install_hooks(

@@ -9,10 +9,19 @@ from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.config.layout import check_layout
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.plan import fullest_stage, gpu_total, plan
-from megatron_rl.plan_memory import engine_memory, model_parameters, stage_parameters, trainer_memory
-from megatron_rl.plan_speed import GPUS, Workload, bubble_share, flops_per_token, generation, microbatches, step_time
+from megatron_rl.plan_memory import active_parameters, engine_memory, model_parameters, stage_parameters, trainer_memory
+from megatron_rl.plan_speed import (
+    GPUS,
+    Workload,
+    bubble_share,
+    flops_per_token,
+    generation,
+    idle_experts,
+    microbatches,
+    step_time,
+)
 from megatron_rl.slurm import Job, node_roles
-from tests.gpu_models import QWEN3_8B, QWEN3_17B, QWEN25_7B, QWEN25_32B
+from tests.gpu_models import QWEN3_8B, QWEN3_17B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_32B
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPU_FILES = {
@@ -26,15 +35,45 @@ GPU_FILES = {
     "qwen3-8b-fp8-delayed": (QWEN3_8B, 1),
     "qwen3-8b-fp8-current": (QWEN3_8B, 1),
     "qwen3-8b-fp8-blockwise": (QWEN3_8B, 1),
+    "qwen3-30b-a3b-grpo": (QWEN3_30B_A3B, 4),
 }
 
 
 @pytest.mark.parametrize(
     ("shape", "published"),
-    [(QWEN25_7B, 7_615_616_512), (QWEN25_32B, 32_763_876_352), (QWEN3_8B, 8_190_735_360), (QWEN3_17B, 1_720_574_976)],
+    [
+        (QWEN25_7B, 7_615_616_512),
+        (QWEN25_32B, 32_763_876_352),
+        (QWEN3_8B, 8_190_735_360),
+        (QWEN3_17B, 1_720_574_976),
+        (QWEN3_30B_A3B, 30_532_122_624),
+    ],
 )
 def test_parameters_are_those_that_the_models_have(shape: dict, published: int) -> None:
     assert model_parameters(Architecture.from_hf(shape)) == published
+
+
+def test_a_mixture_is_counted_whole_and_as_far_as_a_token_uses_it() -> None:
+    arch = Architecture.from_hf(QWEN3_30B_A3B)
+    # 120 of 128 experts, of three 2048 x 768 matrices in each of 48 layers, rest. The makers say 3.3 B.
+    assert active_parameters(arch) == 30_532_122_624 - 48 * 120 * 3 * 2048 * 768
+    assert active_parameters(arch) == pytest.approx(3.3e9, rel=0.02)
+    memory = trainer_memory(config(parallel={"ep_size": 8}), arch, dp=32, microbatches=1, stage=0)
+    experts = 48 * 16 * 3 * 2048 * 768  # 16 of 128 on a GPU
+    shared = 30_532_122_624 - 8 * experts
+    assert memory.gradients == 4 * (shared + experts)
+    # Four GPUs hold copies of an expert, 32 of everything else.
+    assert memory.optimizer == 12 * (shared / 32 + experts / 4)
+    # Six operations per active parameter and token; the input table multiplies nothing, attention does.
+    assert 6 * active_parameters(arch) == pytest.approx(3 * flops_per_token(arch, 2560), rel=0.1)
+
+
+def test_a_decoding_step_reads_the_experts_that_its_tokens_choose() -> None:
+    arch = Architecture.from_hf(QWEN3_30B_A3B)
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    assert idle_experts(config(), arch, 1) == pytest.approx(experts * 120 / 128)
+    assert idle_experts(config(), arch, 1000) < 1e-6 * experts
+    assert idle_experts(config(), Architecture.from_hf(QWEN3_8B), 1) == 0
 
 
 def test_the_parts_of_a_split_model_add_up() -> None:
@@ -81,9 +120,17 @@ def test_a_critic_is_a_second_model_and_optimizer_without_the_output_table() -> 
 
 def test_full_recompute_keeps_the_layers_inputs_and_one_layer() -> None:
     arch = Architecture.from_hf(QWEN3_8B)
-    options = {"path": "m", "megatron": {"recompute_granularity": "full"}}
-    memory = trainer_memory(config(model=options), arch, dp=4, microbatches=1, stage=0)
-    assert memory.activations == 8192 * 2 * (36 * 4096 + 93184)
+    again = config(train={"tokens_per_microbatch": 8192, "recompute": "full"})
+    # The layer's own input is not computed again.
+    assert trainer_memory(again, arch, dp=4, microbatches=1, stage=0).activations == 8192 * 2 * (35 * 4096 + 93184)
+
+
+def test_selective_recompute_keeps_one_feed_forward_layer() -> None:
+    arch = Architecture.from_hf(QWEN3_8B)
+    again = config(train={"tokens_per_microbatch": 8192, "recompute": "selective"})
+    inner = 5 * 12288
+    expected = 8192 * 2 * (36 * (93184 - inner) + inner)
+    assert trainer_memory(again, arch, dp=4, microbatches=1, stage=0).activations == expected
 
 
 def test_early_stages_hold_more_micro_batches_but_never_more_than_there_are() -> None:
@@ -123,9 +170,14 @@ def test_decoding_reads_the_weights_with_few_requests() -> None:
 def test_an_update_is_three_forward_passes_and_four_with_recompute() -> None:
     arch, load = Architecture.from_hf(QWEN3_8B), Workload(512, 2048, 1024)
     plain = step_time(config(), arch, GPUS["h100"], load, dp=8)
-    full = config(model={"path": "m", "megatron": {"recompute_granularity": "full"}})
+    full = config(train={"tokens_per_microbatch": 8192, "recompute": "full"})
     assert plain.update == pytest.approx(3 * plain.old_logprobs)
     assert step_time(full, arch, GPUS["h100"], load, dp=8).update == pytest.approx(4 * plain.old_logprobs)
+    selective = config(train={"tokens_per_microbatch": 8192, "recompute": "selective"})
+    share = 2 * 36 * 3 * 4096 * 12288 / flops_per_token(arch, 2560)
+    assert step_time(selective, arch, GPUS["h100"], load, dp=8).update == pytest.approx(
+        (3 + share) * plain.old_logprobs
+    )
     # Six operations per parameter and token, as everybody says; the input table multiplies nothing, attention does.
     assert 6 * model_parameters(arch) == pytest.approx(3 * flops_per_token(arch, 2560), rel=0.1)
 
@@ -136,7 +188,7 @@ def test_gpu_experiments_fit_their_nodes_of_80_gb(name: str) -> None:
     settings, arch = load_config(CONFIGS / f"{name}.yaml"), Architecture.from_hf(shape)
     roles = node_roles(settings, Job(nodes, 8, 8))
     check_layout(settings, shape, roles.trainers * 8)
-    dp = roles.trainers * 8 // (settings.parallel.tp_size * settings.parallel.pp_size)
+    dp = roles.trainers * 8 // settings.parallel.model_size
     load = Workload(
         settings.data.max_prompt_tokens,
         settings.rollout.max_tokens,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.evaluation import check_evaluation
+from megatron_rl.config.experts import MIXTURE, check_experts
 from megatron_rl.config.overlap import check_overlap
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_rl.config.rollout import Rollout
     from megatron_rl.config.schema import Config
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", MIXTURE)
 
 MIN_NUMBERS = 100
 """With fewer numbers to choose from, training and held-out problems would be too few to tell apart."""
@@ -35,6 +36,8 @@ def check_sections(config: "Config") -> None:
         )
     if parallel.sequence_parallel and parallel.tp_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tp_size > 1; set it to false.")
+    if rollout.speculation.uses_head:
+        check_drafter(config)
     longest = data.max_prompt_tokens + rollout.max_tokens
     if longest > train.tokens_per_microbatch:
         raise ConfigError(
@@ -68,6 +71,19 @@ def check_sections(config: "Config") -> None:
         raise ConfigError(
             f"data.arithmetic.digits={arithmetic.digits} leaves fewer than {MIN_NUMBERS} numbers to double "
             f"data.arithmetic.max_doublings={arithmetic.max_doublings} times; raise the first or lower the second."
+        )
+
+
+def check_drafter(config: "Config") -> None:
+    """Can an EAGLE head learn from this trainer's policy?
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    if config.parallel.cp_size > 1:
+        raise ConfigError(
+            f"parallel.cp_size={config.parallel.cp_size} deals the tokens that an EAGLE head would learn from to "
+            "several devices, which is not supported; set it to 1, or leave eagle out of rollout.speculation.drafters."
         )
 
 
@@ -244,7 +260,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             raise ConfigError(
                 f"parallel.tp_size={tp} does not divide the model's {name}={count}; choose a divisor of {count}."
             )
-    if hf["intermediate_size"] % tp:
+    if architecture != MIXTURE and hf["intermediate_size"] % tp:
         raise ConfigError(
             f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}; "
             "choose a divisor."
@@ -266,6 +282,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
         )
     skip_patterns(config.rollout.quantization_skip, layers)
+    check_experts(config, hf)
     _check_profile(config)
     if world_size is not None:
         check_world_size(config, world_size)
@@ -278,16 +295,22 @@ def check_world_size(config: "Config", world_size: int) -> None:
         ConfigError: naming the keys and the remedy.
     """
     parallel = config.parallel
-    model_size = parallel.tp_size * parallel.pp_size
+    model_size = parallel.model_size
     if world_size % model_size:
         raise ConfigError(
-            f"{world_size} trainer processes cannot hold parallel.tp_size x parallel.pp_size = {model_size}; "
+            f"{world_size} trainer processes cannot hold parallel.tp_size x pp_size x cp_size = {model_size}; "
             f"start a multiple of {model_size}."
         )
     dp = world_size // model_size
+    stage = world_size // parallel.pp_size
+    if stage % parallel.ep_size:
+        raise ConfigError(
+            f"parallel.ep_size={parallel.ep_size} does not divide the {stage} trainer processes of a pipeline stage "
+            f"(tp x cp x dp); choose a divisor of {stage}."
+        )
     if parallel.dp_size is not None and parallel.dp_size != dp:
         raise ConfigError(
-            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp = {model_size} "
+            f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp x cp = {model_size} "
             f"give {dp}; start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
         )
     per_minibatch = config.train.prompts_per_step // config.train.minibatches

@@ -39,13 +39,14 @@ class Model(Section):
     """The policy."""
 
     path: str
-    """Folder with a Llama, Qwen2 or Qwen3 model: Hugging Face files, or a checkpoint or converted folder of ours."""
+    """Folder with a Llama, Qwen2, Qwen3 or Qwen3-MoE model: Hugging Face files, or a checkpoint or converted folder of
+    ours."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
     scratch: ScratchModel | None = None
     """For `sft` only: make this model from scratch, with random weights, at the start."""
     megatron: dict[str, Any] = Field(default_factory=dict)
-    """Options of megatron-core's `TransformerConfig` by their own names, e.g. `recompute_granularity: full`."""
+    """Options of megatron-core's `TransformerConfig` by their own names, e.g. `attention_softmax_in_fp32: true`."""
 
 
 class Parallel(Section):
@@ -58,9 +59,20 @@ class Parallel(Section):
     dp_size: PositiveInt | None = None
     """Data parallel size; null: follows from the number of processes that torchrun started (1 without torchrun on a
     CPU, all visible GPUs on a GPU machine)."""
+    cp_size: PositiveInt = 1
+    """Context parallel size: the tokens of each sequence are dealt to this many devices, for long responses. Saves
+    with Transformer Engine's attention on GPUs; elsewhere the same is computed, without a gain."""
+    ep_size: PositiveInt = 1
+    """Expert parallel size, for a mixture of experts: the experts of a layer are dealt to this many devices of its
+    stage, whole ones to each; it divides tp_size * cp_size * dp_size."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel parts along the sequence (needs tp_size > 1 and Transformer
     Engine)."""
+
+    @property
+    def model_size(self) -> int:
+        """Devices that hold one replica of the model."""
+        return self.tp_size * self.pp_size * self.cp_size
 
 
 class Arithmetic(Section):
@@ -161,6 +173,14 @@ class Train(Section):
     """Second moment decay."""
     clip_grad: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; selective: the feed-forward layers; full: whole
+    layers, of which only the inputs are kept. Gradients are the same."""
+    router_aux_loss: float = Field(0.0, ge=0)
+    """Weight of the loss that balances the load of the experts (Switch Transformer, arXiv 2101.03961); 0: none, since
+    it pulls a trained router away from the policy that is rewarded."""
+    router_z_loss: float = Field(0.0, ge=0)
+    """Weight of the loss that keeps the logits of the router small (ST-MoE, arXiv 2202.08906); 0: none."""
     seed: int = 0
     """Seed of the run: rollout sampling and random initial weights derive from it."""
     threads: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a dense Llama, Qwen2 or Qwen3 model."""
+"""What a Hugging Face `config.json` says about a Llama, Qwen2, Qwen3 or Qwen3-MoE model."""
 
 import json
 import math
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from megatron_rl.config.experts import MIXTURE, expert_count
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape and variant of a dense decoder. Sizes are of the whole model, before any split."""
+    """Shape and variant of a decoder. Sizes are of the whole model, before any split."""
 
     hidden_size: int
     layers: int
@@ -20,6 +22,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     ffn_hidden_size: int
+    """Of the feed-forward layer, or of each expert."""
     vocab_size: int
     max_positions: int
     norm_eps: float
@@ -29,6 +32,11 @@ class Architecture:
     rope: dict[str, Any]
     """`rope_theta`, `rope_type` and the parameters of its scaling, as transformers names them."""
     init_std: float
+    experts: int = 0
+    """Of each layer; 0: the model is dense."""
+    experts_per_token: int = 0
+    normalize_experts: bool = True
+    """The weights of a token's experts add up to 1."""
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Architecture":
@@ -39,6 +47,7 @@ class Architecture:
     def from_hf(cls, hf: dict[str, Any]) -> "Architecture":
         """From the content of `config.json`, of transformers 4 or 5."""
         family = hf["architectures"][0]
+        mixture = family == MIXTURE
         heads = hf["num_attention_heads"]
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
@@ -49,15 +58,18 @@ class Architecture:
             heads=heads,
             kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn_hidden_size=hf["intermediate_size"],
+            ffn_hidden_size=hf["moe_intermediate_size" if mixture else "intermediate_size"],
             vocab_size=hf["vocab_size"],
             max_positions=hf.get("max_position_embeddings", 2048),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             qkv_bias=family == "Qwen2ForCausalLM" or bool(hf.get("attention_bias", False)),
-            qk_norm=family == "Qwen3ForCausalLM",
+            qk_norm=family in ("Qwen3ForCausalLM", MIXTURE),
             tied=bool(hf.get("tie_word_embeddings", False)),
             rope=rope,
             init_std=hf.get("initializer_range", 0.02),
+            experts=expert_count(hf) if mixture else 0,
+            experts_per_token=hf["num_experts_per_tok"] if mixture else 0,
+            normalize_experts=bool(hf.get("norm_topk_prob", False)),
         )
 
     def padded_vocab(self, tp_size: int) -> int:

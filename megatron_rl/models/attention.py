@@ -6,9 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.models.context import join
 
 
 @dataclass
@@ -20,10 +23,14 @@ class PackedSequences(PackedSeqParams):
 
     padded_index: torch.Tensor = field(kw_only=True)
     sequences: int = field(kw_only=True)
+    held: torch.Tensor | None = field(kw_only=True)
+    """Places of the row that this context-parallel rank holds; None: all."""
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSequences":
-        """Describe consecutive sequences of the given lengths in one packed row."""
+    def from_lengths(
+        cls, lengths: list[int], device: torch.device, held: torch.Tensor | None = None
+    ) -> "PackedSequences":
+        """Describe consecutive sequences of the given lengths in one packed row, of which this rank holds `held`."""
         sizes = torch.tensor(lengths, dtype=torch.int32)
         cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cumulative[1:] = sizes.cumsum(0)
@@ -39,6 +46,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             padded_index=padded_index.to(device),
             sequences=len(lengths),
+            held=None if held is None else held.to(device),
         )
 
 
@@ -47,6 +55,9 @@ class PackedAttention(MegatronModule):
 
     The linear layers around it see packed tokens only; here the row is unpacked into a right-padded batch, where
     causality alone keeps real tokens from seeing padding.
+
+    Of a row that is dealt to context-parallel ranks, each rank gets all keys and values, and computes with queries of
+    zero in the places of the others: right, but with nothing saved here. Transformer Engine's attention saves.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
@@ -63,6 +74,10 @@ class PackedAttention(MegatronModule):
     ) -> Float[torch.Tensor, "tokens heads_times_head_dim"]:
         """Attend; dtypes as given. `attention_mask` is not used: the packing says what is visible."""
         packing = packed_seq_params
+        if packing.held is not None:
+            total, group = len(packing.padded_index), parallel_state.get_context_parallel_group()
+            key, value = (join(part, packing.held, total, group, sum_gradients=True) for part in (key, value))
+            query = query.new_zeros(total, *query.shape[1:]).index_copy(0, packing.held, query)
         grid = packing.sequences, packing.max_seqlen_q
 
         def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -77,4 +92,5 @@ class PackedAttention(MegatronModule):
             unpack(value).repeat_interleave(groups, 1),
             is_causal=True,
         )
-        return output.transpose(1, 2).flatten(0, 1)[packing.padded_index].flatten(1)
+        places = packing.padded_index if packing.held is None else packing.padded_index[packing.held]
+        return output.transpose(1, 2).flatten(0, 1)[places].flatten(1)

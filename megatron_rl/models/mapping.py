@@ -4,11 +4,12 @@ One description serves loading, resharding into engines, checksums and export: e
 *blocks*, each saying that `local[local_index] == hf_tensor[hf_index]`. It is a pure function of the architecture and
 of the shard's coordinates, so any rank can compute what any other rank holds.
 
-Terms: a *shard* is the part of the model at one (tensor-parallel rank, pipeline stage).
+Terms: a *shard* is the part of the model at one (tensor-parallel rank, pipeline stage, expert-parallel rank). Experts
+are dealt whole: tensor parallelism does not split them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rl.models.architecture import Architecture
 
@@ -32,6 +33,8 @@ class Parameter:
     blocks: list[Block]
     replicated: bool
     """Every tensor-parallel rank holds the same values."""
+    expert: bool = False
+    """Of one expert: the expert-parallel rank decides which, and the tensor-parallel rank has no say."""
     copy: bool = False
     """A second copy of the tied embedding, on the last stage; the first stage's is the one that counts."""
 
@@ -44,6 +47,8 @@ class Shard:
     tp_size: int
     pp_rank: int
     pp_size: int
+    ep_rank: int = 0
+    ep_size: int = 1
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -61,9 +66,12 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "self_attn.q_norm.weight"] = (arch.head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (arch.head_dim,)
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, q_rows)
-        shapes[prefix + "mlp.gate_proj.weight"] = (ffn, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
+        if arch.experts:
+            shapes[prefix + "mlp.gate.weight"] = (arch.experts, hidden)
+        for mlp in _feed_forwards(arch):
+            shapes[f"{prefix}{mlp}.gate_proj.weight"] = (ffn, hidden)
+            shapes[f"{prefix}{mlp}.up_proj.weight"] = (ffn, hidden)
+            shapes[f"{prefix}{mlp}.down_proj.weight"] = (hidden, ffn)
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
@@ -87,15 +95,21 @@ def shard_parameters(arch: Architecture, shard: Shard) -> list[Parameter]:
             parameters.append(_vocabulary(arch, shard, "output_layer.weight", "lm_head.weight"))
         elif not first:
             embedding = _vocabulary(arch, shard, "output_layer.weight", "model.embed_tokens.weight")
-            parameters.append(Parameter(embedding.name, embedding.blocks, False, copy=True))
+            parameters.append(replace(embedding, copy=True))
     return parameters
 
 
-def local_shape(arch: Architecture, shard: Shard, parameter: Parameter) -> tuple[int, ...]:
-    """Shape of a local parameter, vocabulary padding included."""
+def _feed_forwards(arch: Architecture) -> list[str]:
+    """The gated feed-forward layers of a decoder layer: one, or one per expert."""
+    return [f"mlp.experts.{expert}" for expert in range(arch.experts)] if arch.experts else ["mlp"]
+
+
+def local_shape(
+    arch: Architecture, shard: Shard, parameter: Parameter, shapes: dict[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Shape of a local parameter, vocabulary padding included; `shapes` are those of `hf_shapes`."""
     if parameter.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         return arch.padded_vocab(shard.tp_size) // shard.tp_size, arch.hidden_size
-    shapes = hf_shapes(arch)
     sizes = []
     for axis in range(len(parameter.blocks[0].local_index)):
         ends = [block.local_index[axis].stop or shapes[block.hf_name][axis] for block in parameter.blocks]
@@ -119,14 +133,27 @@ def _layer(arch: Architecture, shard: Shard, local: int, layer: int) -> Iterator
     heads = arch.heads * arch.head_dim // shard.tp_size
     yield _columns(name + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight", heads, shard)
     yield _whole(name + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", 1)
+    if not arch.experts:
+        yield from _feed_forward(arch, name + "mlp.", hf + "mlp.", shard)
+        return
+    yield _whole(name + "mlp.router.weight", hf + "mlp.gate.weight", 2)
+    held = arch.experts // shard.ep_size
+    unsplit = replace(shard, tp_rank=0, tp_size=1)
+    for expert in range(held):
+        theirs = f"{hf}mlp.experts.{shard.ep_rank * held + expert}."
+        for parameter in _feed_forward(arch, f"{name}mlp.experts.local_experts.{expert}.", theirs, unsplit):
+            yield replace(parameter, expert=True)
+
+
+def _feed_forward(arch: Architecture, name: str, hf: str, shard: Shard) -> Iterator[Parameter]:
     ffn = arch.ffn_hidden_size // shard.tp_size
     held = slice(shard.tp_rank * ffn, (shard.tp_rank + 1) * ffn)
     halves = [
-        Block(hf + f"mlp.{part}_proj.weight", (held, slice(None)), (slice(place * ffn, (place + 1) * ffn), slice(None)))
+        Block(f"{hf}{part}_proj.weight", (held, slice(None)), (slice(place * ffn, (place + 1) * ffn), slice(None)))
         for place, part in enumerate(("gate", "up"))
     ]
-    yield Parameter(name + "mlp.linear_fc1.weight", halves, False)
-    yield _columns(name + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight", ffn, shard)
+    yield Parameter(name + "linear_fc1.weight", halves, False)
+    yield _columns(name + "linear_fc2.weight", hf + "down_proj.weight", ffn, shard)
 
 
 def _qkv(arch: Architecture, shard: Shard, hf_name: str, axes: int) -> Iterator[Block]:

@@ -19,12 +19,30 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.attention import PackedAttention
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Of a mixture of experts its router, too; fused attention computes its inner part again by itself.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+_OUR_KEYS = {
+    "tensor_model_parallel_size": "parallel.tp_size",
+    "pipeline_model_parallel_size": "parallel.pp_size",
+    "context_parallel_size": "parallel.cp_size",
+    "expert_model_parallel_size": "parallel.ep_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+    "recompute_granularity": "train.recompute",
+    "moe_aux_loss_coeff": "train.router_aux_loss",
+    "moe_z_loss_coeff": "train.router_z_loss",
+}
+
 
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
     """megatron-core's configuration of `architecture`, with the user's `model.megatron` options applied last.
 
     Raises:
-        ConfigError: for an option that megatron-core does not have, or a value that it refuses.
+        ConfigError: for an option that megatron-core does not have or that has a key of ours, and a value that it
+            refuses.
     """
     low_precision = config.model.precision != "fp32"
     dtype = torch.bfloat16 if low_precision else torch.float32
@@ -48,6 +66,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         "init_method_std": std,
         "tensor_model_parallel_size": config.parallel.tp_size,
         "pipeline_model_parallel_size": config.parallel.pp_size,
+        "context_parallel_size": config.parallel.cp_size,
         "sequence_parallel": config.parallel.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
@@ -56,6 +75,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         # Micro-batches have the lengths that their sequences give them (refused with the default MoE dispatcher).
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
+        **_RECOMPUTE[config.train.recompute],
         # The loss is a sum over tokens whose weights are normalised over the whole mini-batch.
         "calculate_per_token_loss": True,
         "use_cpu_initialization": not device.on_gpu(),
@@ -66,23 +86,56 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         "masked_softmax_fusion": False,
         "persist_layer_norm": device.has_transformer_engine(),
     }
+    if architecture.experts:
+        options |= _mixture(config, architecture)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     for name in config.model.megatron:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ConfigError(f"model.megatron.{name} is not an option of megatron-core's TransformerConfig{hint}")
+        if name in _OUR_KEYS:
+            raise ConfigError(f"model.megatron.{name} has a key of its own; set {_OUR_KEYS[name]} instead.")
     try:
         return TransformerConfig(**(options | config.model.megatron))
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"model.megatron: megatron-core refuses the configuration: {error}") from error
 
 
+def _mixture(config: Config, architecture: Architecture) -> dict[str, Any]:
+    """Options of a mixture of experts.
+
+    Raises:
+        ConfigError: on a GPU without Transformer Engine.
+    """
+    if device.on_gpu() and not device.has_transformer_engine():
+        raise ConfigError(
+            f"model.path={config.model.path!r} is a mixture of experts: on a GPU its router needs Transformer Engine; "
+            "install megatron-rl[cuda]."
+        )
+    return {
+        "num_moe_experts": architecture.experts,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        # Before: the weights are the probabilities among all experts; after: among the chosen, so they add up to 1.
+        "moe_router_pre_softmax": not architecture.normalize_experts,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": device.has_transformer_engine(),
+        "expert_model_parallel_size": config.parallel.ep_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def _layer_spec(architecture: Architecture) -> ModuleSpec:
+    experts = architecture.experts or None
     if device.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=architecture.qk_norm
+        )
+    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    if experts:  # in checkpoints, as with Transformer Engine: the norm stays before the router
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return spec
 
 

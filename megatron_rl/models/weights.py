@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_rl.config import ConfigError
 from megatron_rl.model_folder import new_model_folder
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.mapping import Block, Shard, hf_shapes, local_shape, shard_parameters
+from megatron_rl.models.mapping import Block, Parameter, Shard, hf_shapes, local_shape, shard_parameters
 
 EXPORT_SHARD_BYTES = 4 * 2**30
 # With Transformer Engine the norms before a linear layer are part of it.
@@ -24,6 +25,8 @@ TRANSFORMER_ENGINE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# And its grouped products keep the experts of a layer in one module.
+GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def current_shard() -> Shard:
@@ -33,6 +36,8 @@ def current_shard() -> Shard:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 
@@ -41,6 +46,8 @@ def _live_parameters(model: GPTModel) -> dict[str, torch.Tensor]:
     for ours, theirs in TRANSFORMER_ENGINE_NAMES.items():
         for name in [name for name in live if name.endswith(theirs)]:
             live[name.removesuffix(theirs) + ours] = live.pop(name)
+    for name in [name for name in live if GROUPED_EXPERT.search(name)]:
+        live[GROUPED_EXPERT.sub(r".experts.local_experts.\2.\1.weight", name)] = live.pop(name)
     return live
 
 
@@ -131,7 +138,7 @@ class PolicyWeights:
     """The policy's weights under Hugging Face names.
 
     `pieces` gives what this rank holds, without communication; iteration gives full tensors, by collectives that all
-    ranks of one model replica run in lockstep.
+    ranks run in lockstep.
     """
 
     def __init__(self, model: GPTModel, arch: Architecture) -> None:
@@ -140,15 +147,14 @@ class PolicyWeights:
         self.live = _live_parameters(model)
         self.dtype = model.config.params_dtype
         self.shapes = hf_shapes(arch)
-        self.first_replica = parallel_state.get_data_parallel_rank() == 0
+        self.first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        self.first_copy_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
 
     def metadata(self) -> list[TensorMeta]:
         """Name, dtype and full shape of every tensor, in the order of iteration."""
         names: dict[str, None] = {}
-        for stage in range(self.shard.pp_size):
-            for parameter in shard_parameters(self.arch, self._at(0, stage)):
-                if not parameter.copy:
-                    names |= dict.fromkeys(block.hf_name for block in parameter.blocks)
+        for _, _, shards in self._parameters():
+            names |= dict.fromkeys(block.hf_name for blocks in shards for block in blocks)
         return [TensorMeta(name, self.dtype, self.shapes[name]) for name in names]
 
     def pieces(self) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]:
@@ -156,10 +162,10 @@ class PolicyWeights:
 
         Over all ranks every element of every tensor is given exactly once.
         """
-        if not self.first_replica:
-            return
         for parameter in shard_parameters(self.arch, self.shard):
-            if parameter.copy or (parameter.replicated and self.shard.tp_rank > 0):
+            if parameter.copy or not (self.first_copy_of_experts if parameter.expert else self.first_replica):
+                continue
+            if parameter.replicated and self.shard.tp_rank > 0:
                 continue
             local = self.live[parameter.name].detach()
             for block in parameter.blocks:
@@ -169,20 +175,26 @@ class PolicyWeights:
         yield from self.full(set(self.shapes))
 
     def full(self, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The full tensors of the parameters that hold any of `names`; a collective operation of the replica."""
-        for stage in range(self.shard.pp_size):
-            own = {p.name: p for p in shard_parameters(self.arch, self._at(self.shard.tp_rank, stage))}
-            parts = [
-                {p.name: p for p in shard_parameters(self.arch, self._at(rank, stage))}
-                for rank in range(self.shard.tp_size)
-            ]
-            for name, parameter in own.items():
-                if parameter.copy or not any(block.hf_name in names for block in parameter.blocks):
-                    continue
-                yield from self._assemble(stage, name, [part[name].blocks for part in parts])
+        """The full tensors of the parameters that hold any of `names`; a collective operation of all ranks."""
+        for stage, parameter, shards in self._parameters():
+            if any(block.hf_name in names for blocks in shards for block in blocks):
+                yield from self._assemble(stage, parameter, shards)
 
-    def _assemble(self, stage: int, name: str, blocks_of: list[list[Block]]) -> Iterator[tuple[str, torch.Tensor]]:
-        shards = self._collect(stage, name)
+    def _parameters(self) -> Iterator[tuple[int, Parameter, list[list[Block]]]]:
+        """(stage, one of this rank's parameters there, the blocks of each shard that makes it whole)."""
+        for stage in range(self.shard.pp_size):
+            mine = replace(self.shard, pp_rank=stage)
+            by_tp = [shard_parameters(self.arch, replace(mine, tp_rank=rank)) for rank in range(mine.tp_size)]
+            by_ep = [shard_parameters(self.arch, replace(mine, ep_rank=rank)) for rank in range(mine.ep_size)]
+            for place, parameter in enumerate(shard_parameters(self.arch, mine)):
+                if not parameter.copy:
+                    peers = by_ep if parameter.expert else by_tp
+                    yield stage, parameter, [peer[place].blocks for peer in peers]
+
+    def _assemble(
+        self, stage: int, parameter: Parameter, blocks_of: list[list[Block]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        shards = self._collect(stage, parameter)
         full: dict[str, torch.Tensor] = {}
         for shard, blocks in zip(shards, blocks_of, strict=True):
             for block in blocks:
@@ -191,26 +203,26 @@ class PolicyWeights:
                 full[block.hf_name][block.hf_index] = shard[block.local_index]
         yield from full.items()
 
-    def _collect(self, stage: int, name: str) -> list[torch.Tensor]:
-        """The parameter's shards by tensor-parallel rank, on every rank."""
-        mine = self._at(self.shard.tp_rank, stage)
-        parameter = next(p for p in shard_parameters(self.arch, mine) if p.name == name)
+    def _collect(self, stage: int, parameter: Parameter) -> list[torch.Tensor]:
+        """The parameter's shards by tensor-parallel rank, an expert's by expert-parallel rank, on every rank."""
         if stage == self.shard.pp_rank:
-            local = self.live[name].detach().contiguous()
+            local = self.live[parameter.name].detach().contiguous()
         else:
             any_live = next(iter(self.live.values()))
-            local = any_live.new_empty(local_shape(self.arch, mine, parameter))
+            shape = local_shape(self.arch, replace(self.shard, pp_rank=stage), parameter, self.shapes)
+            local = any_live.new_empty(shape)
         if self.shard.pp_size > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(local, torch.distributed.get_global_rank(group, stage), group=group)
-        if self.shard.tp_size == 1:
+        if parameter.expert:
+            group = parallel_state.get_expert_model_parallel_group()
+        else:
+            group = parallel_state.get_tensor_model_parallel_group()
+        if group.size() == 1:
             return [local]
-        shards = [torch.empty_like(local) for _ in range(self.shard.tp_size)]
-        torch.distributed.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
+        shards = [torch.empty_like(local) for _ in range(group.size())]
+        torch.distributed.all_gather(shards, local, group=group)
         return shards
-
-    def _at(self, tp_rank: int, pp_rank: int) -> Shard:
-        return Shard(tp_rank, self.shard.tp_size, pp_rank, self.shard.pp_size)
 
 
 def export_hf(source: PolicyWeights, template: str | Path, folder: Path) -> None:

@@ -32,6 +32,8 @@ def _refused(*parts, **sections):
 def test_sections_must_fit_each_other():
     _refused("train.prompts_per_step=32", "train.minibatches=5", train={"minibatches": 5})
     _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
+    eagle = {"speculation": {"drafters": ["eagle"], "adaptive": "model"}}
+    _refused("parallel.cp_size=2", "eagle", parallel={"cp_size": 2}, rollout=eagle)
     _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
     mixed = {"quantization": ["none", "int8"], "engines": 2, "precision_tail": 0.1}
     _refused("algorithm.dynamic_sampling=9", "rollout.precision_tail", algorithm={"name": "dapo"}, rollout=mixed)
@@ -94,6 +96,57 @@ def test_a_model_that_does_not_fit_the_layout_is_refused(sections, hf, parts):
         assert part in str(caught.value)
 
 
+MIXTURE = HF | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_local_experts": 6,  # as transformers 5 writes it; 4 wrote num_experts
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "hf", "parts"),
+    [
+        ({"parallel": {"ep_size": 4}}, {}, ["parallel.ep_size=4", "num_experts=6"]),
+        ({"parallel": {"ep_size": 4}}, {"num_experts": 9}, ["num_experts=9"]),
+        ({"parallel": {"tp_size": 2}}, {}, ["parallel.tp_size=2", "parallel.sequence_parallel=true"]),
+        ({"model": {"path": "m", "precision": "fp8"}}, {}, ["model.precision=fp8", "bf16"]),
+        ({"rollout": {"tp_size": 3}}, {"moe_intermediate_size": 32}, ["rollout.tp_size=3", "moe_intermediate_size=32"]),
+        ({"rollout": {"quantization": "int8"}}, {}, ["rollout.quantization=int8", "none"]),
+        ({"rollout": {"verify_weights": True}}, {}, ["rollout.verify_weights=true", "false"]),
+        ({}, {"mlp_only_layers": [0]}, ["mlp_only_layers"]),
+        ({}, {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
+    ],
+)
+def test_a_mixture_of_experts_that_does_not_fit_is_refused(sections, hf, parts):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(_config(**sections), MIXTURE | hf)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"parallel": {"ep_size": 2}}, "parallel.ep_size=2"),
+        ({"train": {"router_aux_loss": 0.1}}, "train.router_aux_loss=0.1"),
+        ({"train": {"router_z_loss": 0.1}}, "train.router_z_loss=0.1"),
+    ],
+)
+def test_keys_of_experts_are_refused_for_a_dense_model(sections, key):
+    with pytest.raises(ConfigError, match=f"{key} is for a mixture of experts, but Qwen3ForCausalLM is dense"):
+        check_layout(_config(**sections), HF)
+
+
+def test_experts_are_dealt_to_the_processes_of_a_stage():
+    split = {"tp_size": 2, "sequence_parallel": True, "pp_size": 2, "ep_size": 6}
+    with pytest.raises(ConfigError, match="parallel.ep_size=6 does not divide the 4 trainer processes"):
+        check_layout(_config(parallel=split), MIXTURE, world_size=8)
+    check_layout(_config(parallel=split), MIXTURE, world_size=12)
+    # The width of its dense layers, which the model does not have, is not split.
+    check_layout(_config(parallel=split), MIXTURE | {"intermediate_size": 511}, world_size=12)
+
+
 def test_a_model_that_fits_is_accepted():
     check_layout(_config(parallel={"tp_size": 2, "pp_size": 3}), HF, world_size=12)
     without_kv = {key: value for key, value in HF.items() if key != "num_key_value_heads"}
@@ -104,6 +157,8 @@ def test_the_number_of_processes_must_fit():
     two_by_two = {"tp_size": 2, "pp_size": 2}
     with pytest.raises(ConfigError, match="6 trainer processes.*multiple of 4"):
         check_world_size(_config(parallel=two_by_two), 6)
+    with pytest.raises(ConfigError, match="cp_size = 8; start a multiple of 8"):
+        check_world_size(_config(parallel=two_by_two | {"cp_size": 2}), 12)
     with pytest.raises(ConfigError, match="parallel.dp_size=3.*start 12 processes"):
         check_world_size(_config(parallel=two_by_two | {"dp_size": 3}), 8)
     check_world_size(_config(parallel=two_by_two | {"dp_size": 2}), 8)

@@ -138,7 +138,7 @@ def test_a_saved_config_loads_to_the_same_config(load, tmp_path):
         MINIMAL,
         "train.lr=3e-7",
         "reward.length_penalty.start=9",
-        "model.megatron.recompute_granularity=full",
+        "model.megatron.attention_softmax_in_fp32=true",
         "model.scratch={}",
         "parallel.dp_size=2",
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 CHARACTERS = string.digits + string.ascii_letters + " +-*/=().,;:!?<>#@$%&[]{}|~^_'\"\n"
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
 
 
@@ -22,7 +23,7 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, seed: int = 0, spread: float = 0.2, **overrides: object) -> Path:
-    """Write a random Qwen3 (or `model_type="qwen2"`) model to `folder`.
+    """Write a random Qwen3 (or `model_type="qwen2"`, `"qwen3_moe"`) model to `folder`.
 
     `spread` is the standard deviation of the weights (larger: less uniform logits); `overrides` are options of the
     model's configuration, and `dtype`.
@@ -46,7 +47,7 @@ def make_model(folder: Path, seed: int = 0, spread: float = 0.2, **overrides: ob
     }
     torch.manual_seed(seed)
     dtype = options.pop("dtype", torch.float32)
-    config = Qwen2Config if options.pop("model_type", "qwen3") == "qwen2" else Qwen3Config
+    config = FAMILIES[options.pop("model_type", "qwen3")]
     model = AutoModelForCausalLM.from_config(config(**options)).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

@@ -96,7 +96,7 @@ def test_the_file_is_valid_bash(file: Path, nodes: int) -> None:
             ["parallel.pp_size=7", "rollout.engines=2"],
             1,
             8,
-            "8 trainer processes cannot hold parallel.tp_size x parallel.pp_size = 28",
+            "8 trainer processes cannot hold parallel.tp_size x pp_size x cp_size = 28",
         ),
         (["parallel.dp_size=3", "rollout.engines=2"], 2, 8, "parallel.dp_size=3"),
         (["train.prompts_per_step=1", "algorithm.group_size=2", "rollout.engines=2"], 8, 8, "train.prompts_per_step"),

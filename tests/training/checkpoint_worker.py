@@ -1,6 +1,6 @@
 """Trains a tiny model for some updates, from a checkpoint when there is one.
 
-checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT
+checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT [PRECISION [EP]]
 """
 
 import sys
@@ -22,10 +22,11 @@ def main() -> None:
     model, run_dir, output = Path(sys.argv[1]), sys.argv[4], Path(sys.argv[7])
     tp, pp, steps, save_at = (int(sys.argv[i]) for i in (2, 3, 5, 6))
     precision = sys.argv[8] if len(sys.argv) > 8 else "fp32"
+    ep = int(sys.argv[9]) if len(sys.argv) > 9 else 1
     config = Config.model_validate(
         {
             "model": {"path": str(model), "precision": precision},
-            "parallel": {"tp_size": tp, "pp_size": pp},
+            "parallel": {"tp_size": tp, "pp_size": pp, "ep_size": ep},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},
             "train": {

@@ -50,13 +50,14 @@ def measure(trainer: Trainer) -> dict[str, float]:
     saved = SavedTensors(trainer.model)
     with saved.hooks():
         trainer.imitate(batch)
+    buffers = trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers
     adams = [optimizer.optimizer for optimizer in trainer.optimizer.chained_optimizers]
     moments = [value for adam in adams for state in adam.state.values() for value in state.values()]
     masters = [weight for adam in adams for group in adam.param_groups for weight in group["params"]]
     own_masters = trainer.config.model.precision != "fp32"  # otherwise they are views of the weights
     return {
         "weights": sum(parameter.nbytes for parameter in trainer.model.parameters()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in trainer.ddp.buffers),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": sum(tensor.nbytes for tensor in [*moments, *(masters if own_masters else [])]),
         "activations": saved.total() / 2,  # both micro-batches have been counted
     }

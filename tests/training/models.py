@@ -11,6 +11,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 99  # not divisible by 2, so that tensor parallelism pads it
@@ -48,6 +50,19 @@ def make_models(root: Path) -> dict[str, Path]:
                 torch.nn.init.normal_(parameter, 1.0, 0.3)
         model.save_pretrained(root / name)
     return {name: root / name for name in models}
+
+
+def make_mixture(folder: Path, **overrides: object) -> Path:
+    """Write a Qwen3-MoE model with six experts to a token's two; norms get values that a wrong mapping would show."""
+    torch.manual_seed(0)
+    options = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    shape = SHAPE | {"head_dim": 16, "tie_word_embeddings": False} | options | overrides
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def random_sequences(count: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -21,14 +21,14 @@ from tests.training.models import VOCAB, random_sequences
 TEMPERATURE = 0.8
 
 
-def make_config(path: Path, tp: int, pp: int) -> Config:
+def make_config(path: Path, tp: int, pp: int, cp: int = 1, ep: int = 1, **train: object) -> Config:
     return Config.model_validate(
         {
             "model": {"path": str(path), "precision": "fp32"},
-            "parallel": {"tp_size": tp, "pp_size": pp},
+            "parallel": {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},
-            "train": {"tokens_per_microbatch": 128, "lr": 1e-3, "clip_grad": 1e6},
+            "train": {"tokens_per_microbatch": 128, "lr": 1e-3, "clip_grad": 1e6, **train},
             "run_dir": "unused",
         }
     )

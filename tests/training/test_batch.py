@@ -48,3 +48,9 @@ def test_selected_part_of_a_batch_keeps_its_values():
     part = batch.select(1, 3)
     assert part.responses == [[6, 7], [8]]
     assert part.values["advantages"].tolist() == [1, 2, 3]
+
+
+def test_replicas_whose_passes_meet_get_equally_many_micro_batches():
+    lengths = [50, 20, 20, 20]
+    assert plan_microbatches(lengths, 40, 2) == [[[0]], [[1, 2], [3]]]
+    assert plan_microbatches(lengths, 40, 2, equally_many=True) == [[[0], []], [[1, 2], [3]]]

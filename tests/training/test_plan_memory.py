@@ -22,12 +22,15 @@ TOLERANCE = {"weights": 0.0, "gradients": 0.01, "optimizer": 0.01, "activations"
         ("qwen3", 2, "fp32", 2, 1, 2),
         ("qwen3", 2, "bf16", 1, 2, 2),
         ("qwen2", 2, "bf16", 1, 1, 2),
+        ("qwen3_moe", 2, "bf16", 1, 1, 1),
     ],
 )
 def test_plan_expects_what_is_allocated(
     tmp_path: Path, family: str, kv_heads: int, precision: str, tp: int, pp: int, processes: int
 ) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    if family == "qwen3_moe":
+        shape |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     model = make_model(tmp_path / "model", model_type=family, num_key_value_heads=kv_heads, **shape)
     run_workers(WORKER, processes, model, str(tp), str(pp), precision, tmp_path)
     for rank in range(processes):
