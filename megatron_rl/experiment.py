@@ -194,6 +194,7 @@ class Experiment:
             "loss/update_kl": update["update_kl"],
             "optim/grad_norm": update["grad_norm"],
             "optim/lr": update["lr"],
+            "optim/skipped_updates": update["not_finite"] * self.config.train.minibatches,
             "throughput/trained_tokens_per_s": sequences / seconds["time/update"],
         }
         if "kl" in update:

@@ -161,6 +161,8 @@ class Train(Section):
     """Second moment decay."""
     clip_grad: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: PositiveInt = 3
+    """Updates in a row whose loss or gradient is not finite, and which are therefore skipped, that end the run."""
     seed: int = 0
     """Seed of the run: rollout sampling and random initial weights derive from it."""
     threads: PositiveInt | None = None
