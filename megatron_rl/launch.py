@@ -158,9 +158,16 @@ def start_processes(processes: int, program: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from rollout.bound_store import bind_torchrun
+
+    # All processes are on this machine, so nothing has to listen on its other addresses.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    bind_torchrun()
     # In this process rather than `python -m torch.distributed.run`: its own traceback would bury the first error.
     try:
-        options = parse_args(["--standalone", "--nproc-per-node", str(processes), *program])  # type: ignore[no-untyped-call]
+        options = parse_args(
+            ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(processes), *program]
+        )  # type: ignore[no-untyped-call]
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as failure:
         return _report(failure)

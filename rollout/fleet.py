@@ -26,6 +26,7 @@ from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
+from rollout.local_ray import start_ray
 from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, go_on, join, key_of
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
@@ -36,11 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Long enough that the calls cost nothing beside the generation, short enough for completions to stream.
 POLL_SECONDS = 0.25
-
-# For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
-# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
-_HEADS_IN_STORE = 2
 
 _STOP_SECONDS = 10.0
 
@@ -111,7 +107,7 @@ class RolloutFleet:
         self._sleep_level, self._asleep = rollout.sleep, False
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
+            start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
         self._engines = [
             EngineState(index, self._create_actor(index), max_requests=0, precision=precision)
             for index, precision in enumerate(rollout.precisions)
@@ -392,28 +388,13 @@ class RolloutFleet:
             ray.shutdown()
 
 
-def _start_ray(head_bytes: int = 0) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads."""
-    # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
-    )
-
-
 def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     """Environment of an engine's process: the plugin's settings, and where to import this package from."""
     source = str(Path(__file__).resolve().parent.parent)
     search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
     return {
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are all on one node
         **environment.env,
         "PYTHONPATH": os.pathsep.join(search_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -9,7 +9,8 @@ import ray
 
 from megatron_rl.config import Config
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
-from rollout.fleet import RolloutFleet, _engine_variables, _start_ray
+from rollout.fleet import RolloutFleet, _engine_variables
+from rollout.local_ray import start_ray
 from rollout.records import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 
@@ -80,7 +81,7 @@ def open_engines(arguments: list[tuple], **env: str) -> Iterator[list[Any]]:
     """Ray actors of `OpenEngine`, started side by side."""
     started_ray = not ray.is_initialized()
     if started_ray:
-        _start_ray()
+        start_ray()
     options = {"runtime_env": {"env_vars": _engine_variables(make_environment(**env))}}
     actors = [ray.remote(OpenEngine).options(num_cpus=0, **options).remote(*each) for each in arguments]
     ray.get([actor.start.remote() for actor in actors])
