@@ -41,20 +41,21 @@ def experiment_file(folder: Path, steps: int, **sections: dict[str, Any]) -> Pat
     return file
 
 
-def start(file: Path, *overrides: str) -> subprocess.Popen:
-    """`megatron-rl train` in a session of its own; what it prints goes to `log.txt` beside the file."""
-    command = [sys.executable, "-m", "megatron_rl.cli", "train", "-c", str(file), *overrides]
+def start(file: Path) -> subprocess.Popen:
+    """`megatron-rl train` in a session of its own; what it prints goes to `log.txt` beside the file, from where its
+    modules are imported too."""
+    command = [sys.executable, "-m", "megatron_rl.cli", "train", "-c", str(file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(file.parent)])
     with (file.parent / "log.txt").open("a") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
 
 
-def run(file: Path, *overrides: str) -> None:
+def run(file: Path) -> None:
     """A run that ends well."""
-    process = start(file, *overrides)
+    process = start(file)
     try:
         assert process.wait(timeout=300) == 0, read(file.parent / "log.txt")[-6000:]
     finally:
