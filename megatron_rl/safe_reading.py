@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 _PARTS = "torch.distributed.checkpoint"
 ALLOWED = {
     ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     (f"{_PARTS}.filesystem", "_StorageInfo"),
