@@ -394,7 +394,8 @@ def _engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
     return {
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are all on one node
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are all on one node, and so
+        "VLLM_HOST_IP": "127.0.0.1",  # meet where no other node can come
         **environment.env,
         "PYTHONPATH": os.pathsep.join(search_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
