@@ -203,6 +203,9 @@ def _silence_known_warnings() -> None:
 def _report(failure: "ChildFailedError") -> int:
     """Say which process failed first and why, as the last lines of the log; returns its exit status."""
     rank, first = failure.get_first_failure()
+    # Times are whole seconds, and the others notice at once that a process is gone.
+    killed = [item for item in failure.failures.items() if item[1].exitcode == -signal.SIGKILL]
+    rank, first = killed[0] if killed else (rank, first)
     if first.exitcode < 0:
         reason = f"was ended by {first.signal_name()}"
         if first.exitcode == -signal.SIGKILL:
