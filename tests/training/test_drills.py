@@ -34,6 +34,7 @@ def whole(tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     run(experiment_file(folder, STEPS, **PARTS))
+    assert all(values["optim/grad_norm"] > 0 for step, values in metrics(folder / "run").items() if step > 0)
     return folder
 
 
