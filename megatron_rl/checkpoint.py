@@ -2,7 +2,8 @@
 
 A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model,
 optimizer, and a small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model
-folder by itself; and `driver/`, files of what the driver's parts want to keep.
+folder by itself; `driver/`, files of what the driver's parts want to keep; and `manifest`, the sizes of all these
+files. A checkpoint that does not match its manifest does not count, and is left alone.
 """
 
 import json
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_rl import megatron_patch
 from megatron_rl.config import ConfigError
+from megatron_rl.manifest import damage, write_manifest
 from megatron_rl.model_folder import DRAFT, REPLACED, new_model_folder
 
 if TYPE_CHECKING:
@@ -42,9 +44,18 @@ def latest_step(run_dir: str | Path) -> int | None:
 
 def _steps(run_dir: str | Path) -> dict[int, Path]:
     """Complete checkpoints by step; where a crash interrupted a replacement, the one that was to be replaced counts."""
-    found = [path for path in Path(run_dir).glob("checkpoints/step_*") if path.suffix != DRAFT]
-    named = sorted(found, key=lambda path: path.suffix != REPLACED)
-    return {int(path.stem.removeprefix("step_")): path for path in named}
+    named = sorted(_folders(run_dir), key=lambda path: path.suffix != REPLACED)
+    return {int(path.stem.removeprefix("step_")): path for path in named if damage(path) is None}
+
+
+def _folders(run_dir: str | Path) -> list[Path]:
+    return [path for path in Path(run_dir).glob("checkpoints/step_*") if path.suffix != DRAFT]
+
+
+def damaged_checkpoints(run_dir: str | Path) -> dict[Path, str]:
+    """The folders of checkpoints that have lost data since they were written, and what."""
+    found = {path: damage(path) for path in sorted(_folders(run_dir))}
+    return {path: lost for path, lost in found.items() if lost is not None}
 
 
 def save_checkpoint(
@@ -168,6 +179,8 @@ def write_model_folder(
                 (draft / "driver" / f"{name}.json").write_text(json.dumps(value))
             for name, value in (tensors or {}).items():
                 torch.save(value, draft / "driver" / f"{name}.pt")
+        if torch.distributed.get_rank() == 0:
+            write_manifest(draft)
 
 
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:

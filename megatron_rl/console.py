@@ -29,6 +29,7 @@ COUNTS_WORTH_A_NOTE = {
     "reward/errors": "reward errors",
     "reward/timeouts": "reward timeouts",
     "correction/skipped_updates": "updates skipped: algorithm.correction rejected all tokens, widen its bounds",
+    "optim/skipped_updates": "updates skipped: loss or gradient not finite",
     "sampling/filled_prompts": "prompts teach nothing: algorithm.dynamic_sampling found no others",
 }
 

@@ -16,6 +16,7 @@ import torch
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import check_world_size
+from rollout.bound_store import bind_process_groups
 
 if TYPE_CHECKING:
     from drafter.fill import ThreadFill
@@ -223,6 +224,7 @@ def initialize(config: Config) -> Runtime:
     os.environ.setdefault("MASTER_PORT", "29531")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
+    bind_process_groups()
     if on_gpu():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -22,7 +22,7 @@ from megatron_rl.device import Runtime
 from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation import Generator
 from megatron_rl.heads import folder_for_engines, initial_head
-from megatron_rl.health import Pulse, shared_store
+from megatron_rl.health import Pulse, leave, shared_store
 from megatron_rl.metrics import MetricsLogger
 from megatron_rl.models.weights import export_hf
 from megatron_rl.precision import gap_metrics, warn_of_bias
@@ -31,6 +31,7 @@ from megatron_rl.start import begin
 from megatron_rl.trainer import Policy, Progress, Trainer
 from megatron_rl.weight_sync import WeightSync
 from rollout.fleet import RolloutFleet
+from rollout.ray_watch import RayWatch
 from rollout.records import Rollout
 
 Metrics = dict[str, float]
@@ -97,6 +98,7 @@ class Experiment:
                 drafter_path=folder_for_engines(config) if config.rollout.speculation.uses_head else None,
             )
         model = (start.arch, start.vocab_limit, config.rollout.temperature)
+        self._ray_watch = RayWatch(leave) if runtime.is_driver else None
         self.trainer = Trainer(config, runtime, *model)
         self.reference = Policy(config, runtime, *model) if config.algorithm.kl.coef > 0 else None
         self.critic: Critic | None = None
@@ -150,6 +152,8 @@ class Experiment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pulse.close()
+        if self._ray_watch is not None:
+            self._ray_watch.close()
         self.weight_sync.shutdown()
         if self.fleet is not None:
             self.generator.close()
@@ -229,6 +233,7 @@ class Experiment:
             "loss/update_kl": update["update_kl"],
             "optim/grad_norm": update["grad_norm"],
             "optim/lr": update["lr"],
+            "optim/skipped_updates": update["not_finite"] * self.config.train.minibatches,
             "throughput/trained_tokens_per_s": sequences / self.clock.seconds["time/update"],
         }
         if "kl" in update:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch.distributed import Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 STATUS = 70
 """Exit status of a driver that gave up."""
@@ -83,7 +84,7 @@ class Pulse:
         """`timeout_s` None: no watch. `give_up` gets the driver's verdict; None: the process ends."""
         self._rank, self._world_size, self._store = rank, world_size, store
         self._timeout_s = timeout_s or 0.0
-        self._give_up = give_up or _exit
+        self._give_up = give_up or leave
         self._phase, self._detail, self._phases, self._beats = "starting", "", 0, 0
         self._moved = time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}  # per rank its newest text and when it came
@@ -160,5 +161,7 @@ def shared_store() -> Store:
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def _exit(sentence: str) -> None:
-    os._exit(STATUS)  # the main thread hangs in a collective, which no exception reaches
+def leave(sentence: str) -> None:
+    """End this process at once, and tell torchrun why: the main thread may hang where no exception reaches it."""
+    get_error_handler().record_exception(RuntimeError(sentence))
+    os._exit(STATUS)

@@ -158,9 +158,16 @@ def start_processes(processes: int, program: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from rollout.bound_store import bind_torchrun
+
+    # All processes are on this machine, so nothing has to listen on its other addresses.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    bind_torchrun()
     # In this process rather than `python -m torch.distributed.run`: its own traceback would bury the first error.
     try:
-        options = parse_args(["--standalone", "--nproc-per-node", str(processes), *program])  # type: ignore[no-untyped-call]
+        options = parse_args(
+            ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(processes), *program]
+        )  # type: ignore[no-untyped-call]
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as failure:
         return _report(failure)
@@ -196,6 +203,9 @@ def _silence_known_warnings() -> None:
 def _report(failure: "ChildFailedError") -> int:
     """Say which process failed first and why, as the last lines of the log; returns its exit status."""
     rank, first = failure.get_first_failure()
+    # Times are whole seconds, and the others notice at once that a process is gone.
+    killed = [item for item in failure.failures.items() if item[1].exitcode == -signal.SIGKILL]
+    rank, first = killed[0] if killed else (rank, first)
     if first.exitcode < 0:
         reason = f"was ended by {first.signal_name()}"
         if first.exitcode == -signal.SIGKILL:

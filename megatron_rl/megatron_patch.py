@@ -5,6 +5,8 @@
   function asks for it all the same.
 - `filesystem_async._get_write_results_queue`: starts a manager process per rank (which imports torch, seconds of work)
   so that an asynchronous writer can report back; our saves are synchronous and stay in one process.
+
+Beside them, what torch reads of a checkpoint is restricted to data (`megatron_rl.safe_reading`).
 """
 
 import queue
@@ -14,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_rl import megatron_version
+from megatron_rl import megatron_version, safe_reading
 
 _original_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 _results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -36,3 +38,4 @@ def install() -> None:
     megatron_version.check("saving checkpoints")
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
     filesystem_async._get_write_results_queue = lambda: _results
+    safe_reading.install()

@@ -1,14 +1,18 @@
 """Writes a model folder so that it appears at once, complete."""
 
 import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
 DRAFT, REPLACED = ".tmp", ".old"
+_PROBE_BYTES = 4 * 2**20
 
 
 @contextlib.contextmanager
@@ -17,15 +21,27 @@ def new_model_folder(folder: Path, template: str | Path) -> Iterator[Path]:
 
     Called on every rank. All may write into the draft; rank 0 makes, names and cleans up the folders. A folder of that
     name is replaced: until the new one has its place it keeps existing, at most for a moment as `<folder>.old`.
+
+    Raises:
+        RuntimeError: when the block, or the copying, raises: the draft is gone, and what was there before is untouched.
     """
     writes = torch.distributed.get_rank() == 0
     draft, replaced = (folder.with_name(folder.name + suffix) for suffix in (DRAFT, REPLACED))
-    if writes:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _copy_model_files(template, draft)
-    torch.distributed.barrier()
-    yield draft
+    try:
+        if writes:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            _copy_model_files(template, draft)
+        torch.distributed.barrier()
+        yield draft
+    except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
+        reason, free = _write_error(draft) or _reason(error), shutil.disk_usage(_existing(draft)).free / 1e9
+        if writes:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise RuntimeError(
+            f"{folder} could not be written ({reason}; {free:.2f} GB are free there); what was there before is "
+            "untouched: make room, or remove the cause, and start again, which goes on from the newest checkpoint."
+        ) from error
     torch.distributed.barrier()
     if writes:
         if folder.exists():
@@ -34,6 +50,32 @@ def new_model_folder(folder: Path, template: str | Path) -> Iterator[Path]:
         draft.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     torch.distributed.barrier()
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _write_error(folder: Path) -> str | None:
+    """Why nothing can be written there, in the system's words, or None: torch's writers do not say."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=_existing(folder)) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The error itself, where megatron-core and torch have wrapped those of their writing processes."""
+    if isinstance(error, CheckpointException):
+        failures = list(error.failures.values())
+        if not failures:
+            return "rank 0 says why"
+        error = failures[0][0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _copy_model_files(template: str | Path, target: Path) -> None:

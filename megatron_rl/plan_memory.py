@@ -172,7 +172,6 @@ def trainer_memory(
     adam = 8 if width == 4 else 12
     optimizer = (shared / (cp * dp) + experts * ep / (tp * cp * dp)) * adam
     critic = critic_parameters(arch, tp, pp, stage) if needs_critic(config.algorithm) else 0
-    critic_experts = experts if critic else 0
     tokens = config.train.tokens_per_microbatch / cp
     layers = arch.layers // pp
     per_layer = layer_activations(arch, tp, config.parallel.sequence_parallel, width, fused)
@@ -195,8 +194,7 @@ def trainer_memory(
         gradients=4 * parameters,
         optimizer=optimizer,
         reference=width * parameters if config.algorithm.kl.coef > 0 else 0.0,
-        critic=(width + 4) * (critic + critic_experts)
-        + adam * (critic / (cp * dp) + critic_experts * ep / (tp * cp * dp)),
+        critic=(width + 4 + adam / (cp * dp)) * critic,
         activations=activations,
         logits=logits,
         runtime=RUNTIME_BYTES,

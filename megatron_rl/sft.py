@@ -73,6 +73,7 @@ def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], r
                         "loss/imitation": metrics["loss"],
                         "optim/grad_norm": metrics["grad_norm"],
                         "optim/lr": metrics["lr"],
+                        "optim/skipped_updates": metrics["not_finite"],
                         "time/step": seconds,
                         "throughput/trained_tokens_per_s": tokens / seconds,
                     },

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.checkpoint import latest_step
+from megatron_rl.checkpoint import damaged_checkpoints, latest_step
 from megatron_rl.config import Config, ConfigError, save_config
 from megatron_rl.config.layout import check_layout, read_hf_config
 from megatron_rl.device import Runtime
@@ -13,6 +13,8 @@ from megatron_rl.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,13 @@ def begin(config: Config, runtime: Runtime) -> Start:
         ConfigError: when the config does not fit the model, the number of processes or an earlier run.
     """
     check_layout(config, read_hf_config(config.model.path), runtime.world_size)
-    resumed = _step_to_resume(config)
+    resumed = step_to_resume(config)
     if runtime.is_driver:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        for folder, lost in damaged_checkpoints(config.run_dir).items():
+            log.warning(
+                "the checkpoint %s is damaged (%s) and is passed over: resuming after step %d", folder, lost, resumed
+            )
         save_config(config, Path(config.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
     arch = Architecture.from_folder(config.model.path)
@@ -57,14 +63,19 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
 
 
-def _step_to_resume(config: Config) -> int:
-    """Steps already done by an earlier run in `run_dir`.
+def step_to_resume(config: Config) -> int:
+    """Steps already done by an earlier run in `run_dir`, by the newest checkpoint that is whole.
 
     Raises:
-        ConfigError: with `checkpoint.resume=never` when there is a checkpoint.
+        ConfigError: with `checkpoint.resume=never` when there is a checkpoint; when all that there are are damaged.
     """
     step = latest_step(config.run_dir)
     if step is None:
+        for folder, lost in damaged_checkpoints(config.run_dir).items():
+            raise ConfigError(
+                f"the checkpoint {folder} is damaged ({lost}), and there is none that is whole; remove it to start "
+                "from the beginning, or choose another run_dir."
+            )
         return 0
     if config.checkpoint.resume == "never":
         raise ConfigError(

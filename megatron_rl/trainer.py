@@ -31,6 +31,7 @@ from megatron_rl.checkpoint import has_megatron_weights, load_megatron_weights
 from megatron_rl.config import Config
 from megatron_rl.config.schema import Train
 from megatron_rl.device import Runtime
+from megatron_rl.finite import UpdateGuard
 from megatron_rl.logprobs import token_logprobs
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.context import join
@@ -244,6 +245,7 @@ class Trainer(Policy):
         self.updates = 0
         self.total_updates = train.steps * train.minibatches
         """Those that the schedule of the learning rate spans."""
+        self._guard = UpdateGuard(runtime, train.max_skipped_updates)
         self.correction: TokenCorrection
         """Of the tokens of the last `update`."""
 
@@ -254,8 +256,11 @@ class Trainer(Policy):
 
         Returns:
             On rank 0, means over the mini-batches of what `policy_objective` reports, of the gradient norm and learning
-            rate, and of `skipped`: 1 for a mini-batch whose tokens were all rejected, which leaves the policy as it is.
-            Elsewhere an empty dict.
+            rate, of `skipped`: 1 for a mini-batch whose tokens were all rejected, and of `not_finite`: 1 for one whose
+            loss or gradient is no number. Both leave the policy as it is. Elsewhere an empty dict.
+
+        Raises:
+            RuntimeError: on all ranks, after `train.max_skipped_updates` in a row that were not finite.
         """
         settings, parts = self.config.algorithm, self.config.train.minibatches
         algorithm = load_algorithm(settings)
@@ -329,10 +334,19 @@ class Trainer(Policy):
             rate = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
         self.updates += 1
+        finite = self._guard.allows(self.updates, [float(result["loss"]) for result in results], grad_norm)
+        if finite:
+            self.optimizer.step()
         metrics = self._sum_on_driver(results)
-        own = {"grad_norm": float(grad_norm), "lr": rate, "skipped": float(skipped)}
+        own = {
+            "grad_norm": grad_norm,
+            "lr": rate if finite else 0.0,
+            "skipped": float(skipped),
+            "not_finite": float(not finite),
+        }
         if self.routing is not None:
             own |= self.routing.metrics(self.runtime.control_group)
         return metrics | own if self.runtime.is_driver else {}

@@ -24,8 +24,9 @@ from megatron_rl.config import Config
 from rollout.engine import EngineEnvironment, engine_arguments
 from rollout.fleet_client import FleetClient
 from rollout.head_weights import check_head, largest_head, pack_head
+from rollout.local_ray import start_ray
 from rollout.precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, go_on, join, key_of
-from rollout.ray_processes import create_engine, start_ray, wait_until_up
+from rollout.ray_processes import create_engine, wait_until_up
 from rollout.records import Rollout, RolloutRequest, SpeculationCounts
 
 if TYPE_CHECKING:

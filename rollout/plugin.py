@@ -18,7 +18,8 @@ DISABLE_AMX = "MEGATRON_RL_DISABLE_AMX"
 
 
 def register() -> None:
-    """Install coupled sampling, online quantization and the `shm` weight transfer in this process; any number of times.
+    """Install coupled sampling, online quantization and the `shm` weight transfer in this process, and keep its sockets
+    to their hosts; any number of times.
 
     Or, for `rollout.drop_in`, what its variables ask for. Raises ConfigError for a wrong setting, RuntimeError for a
     vLLM version that is not among the tested.
@@ -32,6 +33,7 @@ def register() -> None:
         return
     if others:
         raise ConfigError(f"{others[0]} is for engines of other frameworks; unset it and set rollout.quantization.")
+    from rollout.bound_store import bind_process_groups
     from rollout.online_quantization import register_online_quantization
     from rollout.shm_transfer import register_shm_transfer
     from rollout.vllm_patch import install_coupled_sampling
@@ -40,6 +42,7 @@ def register() -> None:
         import torch
 
         torch.cpu._is_amx_tile_supported = lambda: False
+    bind_process_groups()
     install_coupled_sampling(_vocab_limit())
     register_shm_transfer()
     register_online_quantization()

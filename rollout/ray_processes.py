@@ -1,6 +1,5 @@
-"""Ray, and the engines' processes in it."""
+"""The engines' processes in Ray."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,6 @@ from megatron_rl.config import ConfigError
 from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine
 
-# For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
-# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
-_HEADS_IN_STORE = 2
-
-
-def start_ray(head_bytes: int = 0) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads."""
-    # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
-    )
-
 
 def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     """Environment of an engine's process: the plugin's settings, and where to import this package from."""
@@ -40,6 +18,8 @@ def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
     return {
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are all on one node, and so
+        "VLLM_HOST_IP": "127.0.0.1",  # meet where no other node can come
         **environment.env,
         "PYTHONPATH": os.pathsep.join(search_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

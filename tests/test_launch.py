@@ -1,5 +1,6 @@
 """Starting, stopping and failing of trainer processes, and a user's own launcher."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_rl import device
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.launch import check_experiment, expand_counts, first_host, process_environment, slurm_task
+from megatron_rl.launch import _report, check_experiment, expand_counts, first_host, process_environment, slurm_task
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "5",
@@ -80,6 +82,18 @@ def test_the_first_error_is_the_last_line_and_its_status_is_kept(tmp_path: Path)
     assert launcher.returncode == 1
     assert errors.splitlines()[-1] == "trainer process 1 failed first: RuntimeError: the disk is full"
     assert "Setting OMP_NUM_THREADS" not in errors
+
+
+def test_a_killed_process_is_named_before_those_that_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extra = {"py_callstack": "", "timestamp": "100"}
+    recorded = {"message": {"message": "RuntimeError: connection closed by peer", "extraInfo": extra}}
+    (tmp_path / "error.json").write_text(json.dumps(recorded))
+    failures = {
+        0: ProcessFailure(local_rank=0, pid=11, exitcode=1, error_file=str(tmp_path / "error.json")),
+        1: ProcessFailure(local_rank=1, pid=12, exitcode=-signal.SIGKILL, error_file=str(tmp_path / "none")),
+    }
+    assert _report(ChildFailedError("train", failures)) == 137
+    assert capsys.readouterr().err.startswith("trainer process 1 was ended by SIGKILL")
 
 
 def test_the_status_of_a_config_error_gets_through(tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ class Train(Section):
     """Second moment decay."""
     clip_grad: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: PositiveInt = 3
+    """Updates in a row whose loss or gradient is not finite, and which are therefore skipped, that end the run."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again to save memory: nothing; selective: the feed-forward layers; full: whole
     layers, of which only the inputs are kept. Gradients are the same."""

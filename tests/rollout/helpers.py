@@ -10,7 +10,8 @@ import ray
 from megatron_rl.config import Config
 from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
 from rollout.fleet import RolloutFleet
-from rollout.ray_processes import engine_variables, start_ray
+from rollout.local_ray import start_ray
+from rollout.ray_processes import engine_variables
 from rollout.records import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 

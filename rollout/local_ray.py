@@ -1,0 +1,40 @@
+"""Ray for the engines: the cluster of RAY_ADDRESS, or one of this machine that nobody else can reach."""
+
+import logging
+import os
+import secrets
+
+import ray
+from ray._private import ray_constants
+
+# For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
+_OBJECT_STORE_BYTES = 128 * 2**20
+# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
+_HEADS_IN_STORE = 2
+
+
+def start_ray(head_bytes: int = 0) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads.
+
+    The one of this node listens on the loopback address alone, and has a token that only this process's children know.
+    """
+    # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        # Ray asks for a token by itself, but left alone keeps it in the home folder, for the whole machine to read.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's own switch for machines without a cluster; it takes no loopback address as an argument.
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
