@@ -9,7 +9,7 @@ files. A checkpoint that does not match its manifest does not count, and is left
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +102,12 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, critic: 
     """Restore model and optimizer, and the critic's, in place on all ranks; the layout may differ from the one saved.
 
     Raises:
-        ConfigError: when the checkpoint cannot be read, or has no critic although there is one to restore.
+        ConfigError: when the checkpoint cannot be read, has no critic although there is one to restore, or when the
+            state of a mixture's optimizer does not fit the layout.
     """
     folder = _steps(run_dir)[step]
+    if trainer.arch.experts:
+        _check_dealing(trainer, folder)
     contents = _sharded_state(trainer, loading=True)
     if critic is not None:
         _check_critic(folder)
@@ -247,12 +250,27 @@ def _unshare_steps(trainer: "Trainer") -> None:
             state["step"] = state["step"].clone()
 
 
+def _check_dealing(trainer: "Trainer", folder: Path) -> None:
+    """megatron-core has an optimizer of their own for experts that are dealt to ranks, and none for others."""
+    names = _read(folder, dist_checkpointing.load_tensors_metadata)
+    were_dealt = any(name.startswith("chained_1.") for name in names)
+    if were_dealt != (len(trainer.optimizer.chained_optimizers) > 1):
+        saved, needed = ("more than 1", "1") if were_dealt else ("1", "more than 1")
+        raise ConfigError(
+            f"the checkpoint {folder} was saved with parallel.ep_size {saved}, and its optimizer cannot go on with "
+            f"{needed}; set parallel.ep_size as it was, or start a new run with model.path={folder}."
+        )
+
+
 def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
     megatron_patch.install()
+    return _read(folder, lambda path: dist_checkpointing.load(contents, path))
+
+
+def _read(folder: Path, how: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(contents, str(folder / "megatron"))
+        return how(str(folder / "megatron"))
     except Exception as error:
         raise ConfigError(
             f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one."
         ) from error
-    return loaded

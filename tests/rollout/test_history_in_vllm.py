@@ -193,3 +193,19 @@ def test_lenient_reuse_ends_at_the_first_token_that_the_rule_rejects(
         )
         rejected_later += first < len(accepted) and bool(accepted[first + 1 :].any())
     assert rejected_later > 0 or lenience > 0, "else the first rejection could as well be the last token accepted"
+
+
+@pytest.mark.slow
+def test_tensor_parallel_engines_reuse_as_one_gpu_does(
+    engines: dict[str, Any], nearby_model: Path, earlier: list[Rollout], expected: list[Rollout], tmp_path: Path
+) -> None:
+    history = {"mode": "coupled", "max_draft_tokens": 16}
+    with open_engines([open_arguments(tmp_path, nearby_model, history=history, tp_size=2)]) as (split,):
+        rollouts = generate(split, with_past(earlier))
+        assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
+        assert counts(split).accepted_by[HISTORY] > 0
+        for lenience in (0.0, float("inf")):
+            lenient = generate(split, with_past(earlier, lenience=lenience))
+            alone = generate(engines["history"], with_past(earlier, lenience=lenience))
+            assert [r.token_ids for r in lenient] == [r.token_ids for r in alone]
+            assert [r.sources.count(Source.KEPT) for r in lenient] == [r.sources.count(Source.KEPT) for r in alone]

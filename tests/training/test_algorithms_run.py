@@ -67,9 +67,12 @@ def test_a_run_with_a_critic_on_two_stages_resumes_exactly(experiment: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_algorithm_trains(experiment: Path, name: str) -> None:
+def test_every_algorithm_trains_and_reuses_earlier_responses(experiment: Path, name: str) -> None:
     run_dir = experiment.parent / name
-    run(experiment, f"run_dir={run_dir}", "train.steps=1", f"algorithm.name={name}")
-    found = metrics(run_dir)[1]
-    assert found["optim/grad_norm"] > 0
-    assert ("sampling/prompts" in found) == (name == "dapo")
+    options = ["train.steps=2", "data.arithmetic.train_size=4", "rollout.history={mode: lenient, lenience: 0.5}"]
+    run(experiment, f"run_dir={run_dir}", *options, f"algorithm.name={name}")
+    first, second = (metrics(run_dir)[step] for step in (1, 2))
+    assert first["optim/grad_norm"] > 0 and second["optim/grad_norm"] > 0
+    assert first["history/found_share"] < second["history/found_share"]
+    assert second["history/reused_tokens"] > 0
+    assert ("sampling/prompts" in second) == (name == "dapo")
