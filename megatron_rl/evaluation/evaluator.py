@@ -104,7 +104,8 @@ class Evaluator:
             if sum(len(group) for _, group in finished) >= SCORED_AT_ONCE:
                 yield from self._judge(heldout, finished)
                 finished = []
-        yield from self._judge(heldout, finished)
+        if finished:  # the tokenizer makes a text even of no responses
+            yield from self._judge(heldout, finished)
 
     def _requests(self, key: str, prompt: Prompt, step: int) -> list[RolloutRequest]:
         """Those of one problem; the last one is the greedy one."""

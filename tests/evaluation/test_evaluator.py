@@ -95,6 +95,12 @@ def test_every_problem_gets_one_greedy_and_k_sampled_responses(config: Config) -
     assert [sample.text for sample in plain[7].samples] == [by_seed(request) for request in asked[:3]]
 
 
+def test_nothing_may_be_left_after_the_last_full_scoring(config: Config) -> None:
+    shorter = config.model_copy(update={"eval": config.eval.model_copy(update={"max_prompts": 32})})
+    plain, _ = evaluate(shorter, TableFleet(by_seed))  # 128 responses, scored 64 at a time
+    assert len(plain) == 32
+
+
 def test_a_public_set_is_scored_by_its_own_reward(config: Config) -> None:
     plain, stem = evaluate(config, TableFleet(lambda request: r"\boxed{B} 2"))
     assert [result.answer for result in stem] == ["A", "B", "C", "D"]
