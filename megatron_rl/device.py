@@ -164,11 +164,12 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
     environment = shared_environment()
     # The trainer sends the weights before the first request, so engines need not read them.
     vllm: dict[str, object] = {"load_format": "dummy"}
+    shared: tuple[str, ...] = ()
     if on_gpu():
         gpus = float(config.rollout.tp_size)
         if config.rollout.placement == "colocated":
             # Ray must not reserve the devices that the trainer already uses; vLLM takes the share it is told to.
-            gpus *= 0.01
+            gpus, shared = 0.0, _visible_gpus()
             vllm["gpu_memory_utilization"] = 0.5
             vllm["enable_sleep_mode"] = config.rollout.sleep > 0
         sync = "ipc" if config.rollout.placement == "colocated" else "nccl"
@@ -190,7 +191,14 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
         weight_sync=sync,
         vocab_limit=vocab_limit,
         vllm=vllm,
+        shared_gpus=shared,
     )
+
+
+def _visible_gpus() -> tuple[str, ...]:
+    """Ids of this node's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(chosen.split(",")) if chosen else tuple(map(str, range(torch.cuda.device_count())))
 
 
 def idle_fill(runner: "SliceRunner") -> "ThreadFill":

@@ -39,6 +39,7 @@ class EngineEnvironment:
     weight_sync: str  # "shm" | "ipc" | "nccl"
     vocab_limit: int  # token ids from this one on are never sampled: the size of the tokenizer
     vllm: dict[str, Any]  # vLLM options that suit the machine; those of `rollout.vllm` come on top
+    shared_gpus: tuple[str, ...] = ()  # ids of a node's GPUs that engines share with the trainer, see `rollout.places`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 from megatron_rl.config import ConfigError
 from rollout import plugin
 from rollout.engine import EngineEnvironment, RolloutEngine
+from rollout.places import options_on_shared_gpus
 
 
 def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
@@ -28,14 +29,23 @@ def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     }
 
 
-def create_engine(environment: EngineEnvironment, arguments: tuple[Any, ...]) -> Any:
-    """A Ray actor with the `RolloutEngine` of these arguments, which is yet to be started."""
+def create_engine(environment: EngineEnvironment, arguments: tuple[Any, ...], index: int, tp_size: int) -> Any:
+    """A Ray actor with the `RolloutEngine` of these arguments, which is yet to be started.
+
+    Raises:
+        ConfigError: when the machine has no room for engine `index` of `tp_size` GPUs.
+    """
+    strategy: Any = "SPREAD"  # over the nodes, where Ray's default fills the first one
+    variables = engine_variables(environment)
+    if environment.shared_gpus:
+        strategy, own = options_on_shared_gpus(index, tp_size, environment.shared_gpus, ray.nodes())
+        variables |= own
     options: dict[str, Any] = {
         "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
         "num_gpus": environment.gpus,
-        "scheduling_strategy": "SPREAD",  # over the nodes, where Ray's default fills the first one
+        "scheduling_strategy": strategy,
         "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
-        "runtime_env": {"env_vars": engine_variables(environment)},
+        "runtime_env": {"env_vars": variables},
     }
     return ray.remote(RolloutEngine).options(**options).remote(*arguments)
 
