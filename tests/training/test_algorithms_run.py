@@ -33,6 +33,7 @@ def experiment(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_with_dynamic_sampling_resumes_exactly(experiment: Path) -> None:
     run(experiment)
     whole = metrics(experiment.parent / "whole")
