@@ -4,6 +4,7 @@ torch lets it listen on all addresses of the machine, and it asks nobody for a t
 """
 
 import socket
+from importlib import import_module
 from ipaddress import ip_address
 from typing import Any
 
@@ -40,9 +41,8 @@ def own_address(host_name: str) -> str | None:
 
 def bind_process_groups() -> None:
     """From now on, stores of this process's process groups are `bound_store`s."""
-    from torch.distributed import rendezvous
-
-    rendezvous.TCPStore = bound_store  # type: ignore[attr-defined]
+    # As an attribute of torch.distributed the name is a function.
+    import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore[attr-defined]
 
 
 def bind_torchrun() -> None:

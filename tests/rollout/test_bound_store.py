@@ -2,13 +2,14 @@
 
 import os
 import socket
+from importlib import import_module
 
 import psutil
 import pytest
 from torch.distributed import TCPStore
 
 from rollout import bound_store as module
-from rollout.bound_store import bound_store, own_address
+from rollout.bound_store import bind_process_groups, bound_store, own_address
 
 
 def listening() -> list[tuple[str, int]]:
@@ -27,6 +28,18 @@ def test_a_store_of_this_machine_listens_on_loopback_alone_and_is_shared_in_its_
     again.set("a", "1")
     assert client.get("a") == store.get("a") == b"1"
     assert set(listening()) - before == {found}
+
+
+def test_process_groups_meet_on_the_address_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendezvous = import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(rendezvous, "TCPStore", TCPStore)  # so that it comes back
+    bind_process_groups()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29641")
+    before = set(listening())
+    store, _, _ = next(rendezvous.rendezvous("env://", rank=0, world_size=1))
+    assert set(listening()) - before == {("127.0.0.1", 29641)}
+    store.set("a", "1")
 
 
 def test_torch_itself_listens_everywhere() -> None:
