@@ -109,14 +109,14 @@ class RolloutFleet:
         if self._owns_ray:
             start_ray(largest_head(self._head_folder) if self._head_folder is not None else 0)
         self._engines = [
-            EngineState(index, self._create(index), max_requests=0, precision=precision)
+            EngineState(index, self._create_actor(index), max_requests=0, precision=precision)
             for index, precision in enumerate(rollout.precisions)
         ]
         self._starts = [engine.actor.start.remote() for engine in self._engines]
         if wait:
             self.wait_until_up()
 
-    def _create(self, index: int) -> Any:
+    def _create_actor(self, index: int) -> Any:
         return create_engine(self._environment, self._arguments[index], index, self.workers_per_engine)
 
     def wait_until_up(self) -> None:
@@ -262,7 +262,7 @@ class RolloutFleet:
                 f"{self._max_restarts} allows; look for the cause (memory?) in Ray's logs of its process."
             )
         logger.warning("Rollout engine %d died; restarting it (%d/%d).", index, engine.restarts, self._max_restarts)
-        engine.actor = self._create(index)
+        engine.actor = self._create_actor(index)
         wait_until_up(index, engine.actor.start.remote())
         ray.get(engine.actor.set_policy_version.remote(self._policy_version))
         if self._head is not None:

@@ -105,7 +105,7 @@ class OpenFleet(RolloutFleet):
 
     def _create_actor(self, index: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rollout.fleet.RolloutEngine", OpenEngine)
+            patch.setattr("rollout.ray_processes.RolloutEngine", OpenEngine)
             return super()._create_actor(index)
 
     def apply(self, function: Any, *arguments: Any) -> Any:

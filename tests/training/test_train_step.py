@@ -40,6 +40,9 @@ class FixedExperiment:
         self.learned: dict[str, Batch] = {}
         """The batch that each model learned from."""
 
+    def pause_generation(self) -> None:
+        """Nothing generates."""
+
     def _learns(self, name: str) -> Any:
         def update(batch: Batch, progress: Any) -> dict[str, float]:
             self.learned[name] = batch
