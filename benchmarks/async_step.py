@@ -9,7 +9,7 @@ generation) and, while it trains, all of the second. `stale` is how many updates
 weights were that sampled a token, mean over tokens; accuracy is greedy, on held-out problems, before and after the run.
 
 `async_vs_sync_step` is seconds of a synchronous step by those of an asynchronous one: above 1, overlap is faster. On a
-machine where engines and trainer share the cores there is little to gain: what overlaps slows each other down.
+machine where engines and trainer share the cores they slow each other down, and only idle cores are a gain.
 """
 
 import argparse

@@ -8,6 +8,7 @@ over what they have begun; it goes on at the next `take` as a prompt with a begi
 depends on the weights of one version and all tokens before it, and keys and values of older weights play no part.
 """
 
+import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,8 +112,9 @@ class Overlap:
         """Of what was done since the last call."""
         rollouts = [group.rollouts[request.sample_index] for group in groups for request in group.requests]
         metrics = staleness_metrics(rollouts, step)
-        if self._seconds:
-            metrics["throughput/generated_tokens_per_s"] = self._tokens / self._seconds
+        # Nothing comes after a step during which the next one was finished too.
+        speed = self._tokens / self._seconds if self._seconds else math.nan
+        metrics["throughput/generated_tokens_per_s"] = speed
         if self._config.rollout.async_steps:
             metrics["overlap/engines_waited_s"] = self._engines_waited
         if self._config.rollout.partial:

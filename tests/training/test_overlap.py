@@ -1,5 +1,6 @@
 """Generation beside training, with a fleet that needs time."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +103,11 @@ def test_engines_that_may_not_go_further_ahead_wait_for_the_trainer(make) -> Non
     _, metrics = overlap.take(2)
     assert 0.05 <= metrics["overlap/engines_waited_s"] < time.perf_counter() - start
     assert metrics["throughput/generated_tokens_per_s"] > 0
+
+
+def test_without_new_rollouts_there_is_no_speed(make) -> None:
+    overlap, _ = make(async_steps=1)
+    assert math.isnan(overlap._metrics([], 1)["throughput/generated_tokens_per_s"])
 
 
 def test_new_weights_come_in_the_middle_of_responses(make) -> None:
