@@ -156,6 +156,7 @@ def test_each_prompt_has_its_precision_whatever_the_timing(mixed: RolloutFleet) 
     assert set(seconds) == {"none", "int8"} and all(0 < value < 60 for value in seconds.values())
 
 
+@pytest.mark.slow
 def test_a_restarted_engine_keeps_its_precision(mixed: RolloutFleet, model: Path, tmp_path: Path) -> None:
     def restore(index: int) -> None:
         sync.resend(mixed.client([index]))

@@ -107,15 +107,18 @@ def test_an_untested_vllm_is_refused() -> None:
     assert "tested with vLLM 0.32.0, but 0.99.1 is installed" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_seeded_request_without_other_options_is_served(raw_engine: object) -> None:
     assert raw_engine.refusal({}) == ""  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "name"), [({"logprobs": 2}, "log-probability")])
 def test_options_that_coupled_sampling_lacks_are_refused(raw_engine: object, options: dict, name: str) -> None:
     error = raw_engine.refusal(options)  # type: ignore[attr-defined]
     assert "does not support" in error and name in error
 
 
+@pytest.mark.slow
 def test_requests_with_and_without_seed_do_not_mix(raw_engine: object) -> None:
     assert "with and without" in raw_engine.refusal({"top_k": 0}, other={"extra_args": None})  # type: ignore[attr-defined]

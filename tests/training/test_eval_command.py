@@ -55,6 +55,7 @@ def results(experiment: Path) -> Path:
     return experiment / "run" / "eval" / "model"
 
 
+@pytest.mark.slow
 def test_every_problem_has_a_line_and_every_measure_a_value(results: Path) -> None:
     lines = [json.loads(line) for line in (results / "arithmetic-heldout.jsonl").read_text().splitlines()]
     assert len(lines) == 8

@@ -16,12 +16,12 @@ TOLERANCE = {"weights": 0.0, "gradients": 0.01, "optimizer": 0.01, "activations"
 @pytest.mark.parametrize(
     ("family", "kv_heads", "precision", "tp", "pp", "processes"),
     [
-        ("qwen3", 4, "fp32", 1, 1, 1),
-        ("qwen3", 2, "bf16", 1, 1, 1),
-        ("qwen2", 2, "fp32", 1, 1, 1),
-        ("qwen3", 2, "fp32", 2, 1, 2),
+        pytest.param("qwen3", 4, "fp32", 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param("qwen3", 2, "bf16", 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param("qwen2", 2, "fp32", 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param("qwen3", 2, "fp32", 2, 1, 2, marks=pytest.mark.slow),
         ("qwen3", 2, "bf16", 1, 2, 2),
-        ("qwen2", 2, "bf16", 1, 1, 2),
+        pytest.param("qwen2", 2, "bf16", 1, 1, 2, marks=pytest.mark.slow),
         ("qwen3_moe", 2, "bf16", 1, 1, 1),
     ],
 )

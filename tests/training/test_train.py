@@ -140,6 +140,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(experiment: Path, whole
     assert_same_metrics(metrics(run_dir), metrics(whole))
 
 
+@pytest.mark.slow
 def test_run_survives_the_death_of_its_engine_and_nothing_changes(experiment: Path, whole: Path):
     run_dir = experiment.parent / "engine-killed"
     process = start(experiment, f"run_dir={run_dir}")
@@ -156,6 +157,7 @@ def test_run_survives_the_death_of_its_engine_and_nothing_changes(experiment: Pa
     assert_same_metrics(metrics(run_dir), metrics(whole))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_and_the_run_goes_on(experiment: Path, whole: Path):
     run_dir = experiment.parent / "terminated"
     overrides = (f"run_dir={run_dir}", "checkpoint.every=0")
