@@ -10,6 +10,9 @@ responses of the epoch before as lenient drafts.
 
 Seconds are medians over the steps from the second epoch on, when history has something to reuse. Lengths and rewards
 are means over the same steps: runs learn at their own pace, so tokens per second are there beside seconds per step.
+TRL leaves out the pass for old log-probs, which with one update per batch are those of the update itself. With a model
+as small as the demo's, the work around the model counts most: on two cores TRL's steps took 0.8 of the time of plain
+ones here.
 """
 
 import argparse
