@@ -84,19 +84,31 @@ def test_layers_multiply_smoothed_and_clipped_also_after_new_weights(
     assert rounding["model.layers.1.self_attn.o_proj"].clipped > 0
 
 
+def gap(engine: Any, planted: Path) -> float:
+    """Mean absolute difference of an engine's log-probs to those of `transformers`, nats."""
+    reference = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
+    differences = []
+    for rollout in generate(engine, make_requests(12)):
+        with torch.no_grad():
+            logits = reference(torch.tensor([rollout.prompt_ids + rollout.token_ids])).logits[0]
+        logits[:, VOCAB_LIMIT:] = -torch.inf
+        tokens = torch.tensor(rollout.token_ids)
+        expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        differences.append((torch.tensor(rollout.logprobs) - expected).abs())
+    return torch.cat(differences).mean().item()
+
+
 @pytest.mark.slow
 def test_smoothing_brings_the_engine_nearer_to_the_model(engines: tuple, planted: Path) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
-    gaps = []
-    for engine in engines:
-        differences = []
-        for rollout in generate(engine, make_requests(12)):
-            with torch.no_grad():
-                logits = reference(torch.tensor([rollout.prompt_ids + rollout.token_ids])).logits[0]
-            logits[:, VOCAB_LIMIT:] = -torch.inf
-            tokens = torch.tensor(rollout.token_ids)
-            expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)[torch.arange(len(tokens)), tokens]
-            differences.append((torch.tensor(rollout.logprobs) - expected).abs())
-        gaps.append(torch.cat(differences).mean().item())
-    plain, smoothed = gaps
-    assert smoothed < plain / 2, gaps
+    plain, smoothed = (gap(engine, planted) for engine in engines)
+    assert smoothed < plain / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"vllm": {"enforce_eager": False}}], ids=["tp2", "compiled"])
+def test_split_and_compiled_engines_smooth_too(
+    engines: tuple, planted: Path, calibrated: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    own = open_arguments(tmp_path, planted, quantization="int8", quantization_profile=str(calibrated), **options)
+    with open_engines([own]) as (engine,):
+        assert gap(engine, planted) < gap(engines[0], planted) / 2
