@@ -23,6 +23,7 @@ from rich.console import Console
 # Python looks in a script's own folder first, where drafter.py would hide the package of that name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_rl.config import ConfigError, load_config
 from megatron_rl.results import publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,30 @@ def parse_arguments(description: str | None, argv: Sequence[str] | None = None) 
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     parsed = parser.parse_args(argv)
     return Arguments(quick=parsed.quick, json=parsed.json)
+
+
+def parse_training_arguments(description: str | None, quick: str, work: str) -> argparse.Namespace:
+    """The flags of a benchmark that compares whole runs: `quick`, `json`, `config`, `work` and `override`.
+
+    Args:
+        description: the benchmark's own.
+        quick: what `--quick` leaves out.
+        work: default of the folder for runs.
+
+    Raises:
+        ConfigError: when there is no model to begin with.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    parser.add_argument("--config", default="configs/arithmetic.yaml", help="experiment (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path(work), help="emptied (default: %(default)s)")
+    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="changes of the experiment, for all runs")
+    flags = parser.parse_args()
+    base = Path(load_config(flags.config, flags.override).model.path)
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"{base} holds no model; run `make demo` first, or name another experiment with --config.")
+    return flags
 
 
 def measure(

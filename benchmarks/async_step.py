@@ -18,8 +18,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Arguments, finish, run_command
-from megatron_rl.config import ConfigError, load_config
+from _common import Arguments, finish, parse_training_arguments, run_command
+from megatron_rl.config import ConfigError
 from megatron_rl.metrics import read_metrics
 
 ACCURACY = "eval/arithmetic-heldout/greedy_accuracy"
@@ -92,16 +92,7 @@ def train(flags: argparse.Namespace, name: str, async_steps: int) -> Run:
 
 def main() -> None:
     """Train, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five steps each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--config", default="configs/arithmetic.yaml", help="experiment (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-async"), help="emptied (default: %(default)s)")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="changes of the experiment, for both runs")
-    flags = parser.parse_args()
-    base = Path(load_config(flags.config, flags.override).model.path)
-    if not (base / "config.json").is_file():
-        raise ConfigError(f"{base} holds no model; run `make demo` first, or name another experiment with --config.")
+    flags = parse_training_arguments(__doc__, "five steps each", "runs/bench-async")
     runs = {"synchronous": train(flags, "synchronous", 0), "one step ahead": train(flags, "ahead", 1)}
     sync, ahead = runs.values()
     ratios = {

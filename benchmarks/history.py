@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Arguments, finish, run_command
+from _common import Arguments, finish, parse_training_arguments, run_command
 from megatron_rl.config import ConfigError, load_config
 from megatron_rl.metrics import read_metrics
 
@@ -94,16 +94,7 @@ def train(flags: argparse.Namespace, name: str, extent: dict[str, int]) -> Run:
 
 def main() -> None:
     """Train, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer prompts and epochs, and no lenience of 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--config", default="configs/arithmetic.yaml", help="experiment (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-history"), help="emptied (default: %(default)s)")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="changes of the experiment, for all runs")
-    flags = parser.parse_args()
-    base = Path(load_config(flags.config, flags.override).model.path)
-    if not (base / "config.json").is_file():
-        raise ConfigError(f"{base} holds no model; run `make demo` first, or name another experiment with --config.")
+    flags = parse_training_arguments(__doc__, "fewer prompts and epochs, and no lenience of 0", "runs/bench-history")
     names = [name for name in VARIANTS if not flags.quick or name != "lenient 0.0"]
     runs = {name: train(flags, name, SHORT if flags.quick else FULL) for name in names}
     off, coupled, lenient = runs["off"], runs["coupled"], runs["lenient 0.5"]
