@@ -14,12 +14,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from tests.drills import metrics
 from tests.launching import ROOT
 from tests.rollout.tiny_models import make_model
 
 STEPS = 3
-# What may differ between two runs: times, and what follows from them.
-MACHINE_DEPENDENT = ("time/", "throughput/", "weight_sync/")
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +53,6 @@ def start(config: Path, *overrides: str) -> subprocess.Popen:
 def run(config: Path, *overrides: str) -> None:
     process = start(config, *overrides)
     assert process.wait(timeout=300) == 0, (config.parent / "log.txt").read_text()[-6000:]
-
-
-def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, without those that depend on the machine."""
-    steps: dict[int, dict[str, float]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        kept = {name: value for name, value in record.items() if not name.startswith(MACHINE_DEPENDENT)}
-        steps.setdefault(record["step"], {}).update(kept)
-    return steps
 
 
 @pytest.fixture(scope="module")
