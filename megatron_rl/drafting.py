@@ -102,8 +102,7 @@ class Drafting:
         self._runner = SliceRunner(self.trainer)
         self.guard = FillGuard()
         self._alarm = LiveAlarm()
-        self.trains = bool(settings.fill or settings.min_slices)
-        self._supply = FeatureSupply(policy, head, self.store) if self.trains else None
+        self._supply = FeatureSupply(policy, head, self.store) if settings.trains else None
         fill = device.idle_fill(self._runner)
         self._bubbles = None
         if "bubbles" in settings.fill and config.parallel.pp_size > 1:
@@ -145,7 +144,7 @@ class Drafting:
         metrics: Metrics = {}
         self._alarm.observe(step, rollout_metrics, self.live.version)
         self.timeline.end(step)
-        if self.trains:
+        if self._config.drafter.trains:
             least = self._config.drafter.min_slices * self._config.drafter.tokens_per_slice
             self._runner.run_until(lambda: self.trainer.tokens >= least)
             metrics |= _training_metrics(self.trainer.flush())

@@ -183,6 +183,10 @@ class Experiment:
         """Whether `step` updates the policy, or the critic alone."""
         return self.critic is None or step > self.config.algorithm.critic.warmup_steps
 
+    def scores_before_update(self, step: int) -> bool:
+        """Whether `step` needs a pass for old log-probs, which otherwise are those of the update itself."""
+        return not (self.config.scores_in_update and self.trains_policy(step))
+
     def feeding_drafter(self, batch: Batch, step: int) -> contextlib.AbstractContextManager[None]:
         """Around a pass over the step's rollouts: the drafter, if there is one, learns from it."""
         return self.drafting.recording(batch, step) if self.drafting is not None else contextlib.nullcontext()

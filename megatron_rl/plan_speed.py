@@ -150,15 +150,19 @@ class StepTime:
     critic_update: float
     update: float
     weight_sync: float
+    beside: bool
+    """Engines on GPUs of their own generate for later steps while the trainer works."""
 
     def phases(self) -> dict[str, float]:
         """By the names of the metrics `time/...`."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "beside"}
 
     @property
     def total(self) -> float:
-        """Of all phases, one after the other."""
-        return sum(self.phases().values())
+        """Of all phases, one after the other or, but for the weight sync, generation beside the others."""
+        training = sum(self.phases().values()) - self.generate - self.weight_sync
+        together = max(self.generate, training) if self.beside else self.generate + training
+        return together + self.weight_sync
 
 
 def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> StepTime:
@@ -175,12 +179,13 @@ def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: 
     critic = float(needs_critic(config.algorithm))
     return StepTime(
         generate=load.sequences * load.response_tokens / sum(rates),
-        old_logprobs=forward,
+        old_logprobs=0.0 if config.scores_in_update else forward,
         ref_logprobs=forward if config.algorithm.kl.coef > 0 else 0.0,
         values=critic * forward,
         critic_update=critic * (3 + again) * forward,
         update=(3 + again) * forward,
         weight_sync=sync_seconds(config, arch, gpu),
+        beside=config.rollout.async_steps > 0 and config.rollout.placement == "separate",
     )
 
 

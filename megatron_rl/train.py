@@ -61,12 +61,13 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
     scored = experiment.coordinator.drive(lambda: experiment.generator.training_rollouts(step))
     batch = Batch.from_rollouts(scored.rollouts)
 
-    with (
-        clock.phase("old_logprobs"),
-        experiment.feeding_drafter(batch, step),
-        experiment.progress("old log-probs") as progress,
-    ):
-        batch = with_values(batch, old_logprobs=trainer.logprobs(batch, progress))
+    if experiment.scores_before_update(step):
+        with (
+            clock.phase("old_logprobs"),
+            experiment.feeding_drafter(batch, step),
+            experiment.progress("old log-probs") as progress,
+        ):
+            batch = with_values(batch, old_logprobs=trainer.logprobs(batch, progress))
     if experiment.reference is not None:
         with clock.phase("ref_logprobs"), experiment.progress("ref log-probs") as progress:
             batch = with_values(batch, ref_logprobs=experiment.reference.logprobs(batch, progress))
@@ -85,6 +86,7 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
     if experiment.trains_policy(step):
         with clock.phase("update"), experiment.progress("training") as progress:
             update = trainer.update(batch, progress)
+        batch = with_values(batch, old_logprobs=trainer.old_logprobs)
 
     with clock.phase("weight_sync"):
         experiment.pause_generation()

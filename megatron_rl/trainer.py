@@ -46,6 +46,8 @@ LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(micro-batch, logprobs [tokens], entropies [tokens]) -> (this micro-batch's part of the loss, of the metrics).
 
 A critic has values [tokens] in place of the two."""
+PlacedValues = tuple[torch.Tensor, torch.Tensor]
+"""(places in the flat layout, int64 [tokens] on the CPU; their values, float32 [tokens] on the device)."""
 
 
 def learning_rate(train: Train, update: int, total_updates: int) -> float:
@@ -123,11 +125,14 @@ class Policy:
     def _per_token(self, batch: Batch, progress: Progress | None) -> Float[torch.Tensor, "tokens"]:
         """The first of what `_read` gives for all response tokens, float32 [tokens] on every rank's CPU."""
         self.module.eval()
-        results = self._run(batch, None, forward_only=True, progress=progress)
+        return self._gather(batch, self._run(batch, None, forward_only=True, progress=progress))
+
+    def _gather(self, batch: Batch, found: list[PlacedValues]) -> Float[torch.Tensor, "tokens"]:
+        """What the ranks found for their micro-batches, for all response tokens on every rank."""
         flat = torch.zeros(batch.tokens)
         if _is_first_copy():
-            for places, values in results:
-                flat[places] = values
+            for places, values in found:
+                flat[places] = values.cpu()
         # Each token was scored by one data-parallel rank; all others hold zeros.
         torch.distributed.all_reduce(flat, group=self.runtime.control_group)
         return flat
@@ -192,7 +197,7 @@ class Policy:
             total, group = len(microbatch.flat_index), parallel_state.get_context_parallel_group()
             values = tuple(join(part, microbatch.own, total, group, sum_gradients=False) for part in values)
         if loss_function is None:
-            return microbatch.flat_index, values[0].cpu()
+            return microbatch.flat_index, values[0]
         loss, metrics = loss_function(microbatch, *values)
         # With zero counted tokens megatron-core leaves the gradient as it is: the weights are already normalised.
         return loss, torch.zeros((), dtype=torch.int64, device=loss.device), metrics
@@ -248,11 +253,14 @@ class Trainer(Policy):
         self._guard = UpdateGuard(runtime, train.max_skipped_updates)
         self.correction: TokenCorrection
         """Of the tokens of the last `update`."""
+        self.old_logprobs: torch.Tensor
+        """Of its batch before it, float32 [tokens] on the CPU."""
 
     def update(self, batch: Batch, progress: Progress | None = None) -> Metrics:
         """One RL update: `train.minibatches` optimizer steps on consecutive parts of the batch.
 
-        `batch` carries rollout_logprobs, old_logprobs, advantages and, with a KL penalty, ref_logprobs.
+        `batch` carries rollout_logprobs, advantages, with a KL penalty ref_logprobs, and old_logprobs. Without the
+        last, the log-probs of the update's own forward pass are taken for them (see `Config.scores_in_update`).
 
         Returns:
             On rank 0, means over the mini-batches of what `policy_objective` reports, of the gradient norm and learning
@@ -260,53 +268,63 @@ class Trainer(Policy):
             loss or gradient is no number. Both leave the policy as it is. Elsewhere an empty dict.
 
         Raises:
+            ValueError: there are no old_logprobs, but several mini-batches or a correction that compares responses.
             RuntimeError: on all ranks, after `train.max_skipped_updates` in a row that were not finite.
         """
-        settings, parts = self.config.algorithm, self.config.train.minibatches
-        algorithm = load_algorithm(settings)
+        parts = self.config.train.minibatches
+        if "old_logprobs" not in batch.values and (parts > 1 or self.config.algorithm.correction.compares_responses):
+            raise ValueError("mini-batches and corrections that compare responses need old_logprobs before the update")
         size = len(batch.prompts) // parts
-        collected: list[Metrics] = []
-        corrections: list[TokenCorrection] = []
-        for part in range(parts):
-            minibatch = batch.select(part * size, (part + 1) * size)
-            # Constants of the whole mini-batch, the same on every rank: how it is split cannot change them.
-            correction = correct_mismatch(
-                minibatch.values["old_logprobs"],
-                minibatch.values["rollout_logprobs"],
-                minibatch.lengths,
-                settings.correction,
-                minibatch.values.get("reused"),
-            )
-            corrections.append(correction)
-            lengths, longest = minibatch.lengths, self.config.rollout.max_tokens
-            weights = token_weights(lengths, settings.aggregation, correction.kept, longest)
-            minibatch = with_values(minibatch, importance=correction.weights, weights=weights)
-            total_tokens = int(correction.kept.sum())
-
-            def loss(
-                microbatch: Microbatch,
-                logprobs: torch.Tensor,
-                entropies: torch.Tensor,
-                lengths: torch.Tensor = lengths,
-                total: int = total_tokens,
-            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                values = microbatch.values
-                tokens = PolicyTokens(
-                    new_logprobs=logprobs,
-                    entropy=entropies,
-                    old_logprobs=values["old_logprobs"],
-                    importance=values["importance"],
-                    ref_logprobs=values.get("ref_logprobs"),
-                    advantages=values["advantages"],
-                    weights=values["weights"],
-                    lengths=lengths[microbatch.sequences],
-                    total_tokens=total,
-                )
-                return policy_objective(tokens, algorithm)
-
-            collected.append(self._optimize(minibatch, loss, progress))
-        self.correction = TokenCorrection.of_all(corrections)
+        done = [self._update(batch.select(part * size, (part + 1) * size), progress) for part in range(parts)]
+        collected, corrections, old = zip(*done, strict=True)
+        self.correction, self.old_logprobs = TokenCorrection.of_all(corrections), torch.cat(old)
         return {name: sum(metrics[name] for metrics in collected) / parts for name in collected[0]}
+
+    def _update(
+        self, minibatch: Batch, progress: Progress | None
+    ) -> tuple[Metrics, TokenCorrection, Float[torch.Tensor, "tokens"]]:
+        """One optimizer step: its metrics, the correction, and the old log-probs."""
+        algorithm, aggregation = load_algorithm(self.config.algorithm), self.config.algorithm.aggregation
+        lengths, kept, total = minibatch.lengths, None, minibatch.tokens
+        known = "old_logprobs" in minibatch.values
+        if known:
+            # Constants of the whole mini-batch, the same on every rank: how it is split cannot change them.
+            correction = self._correct(minibatch.values, lengths)
+            kept, total = correction.kept, int(correction.kept.sum())
+            minibatch = with_values(minibatch, importance=correction.weights)
+        weights = token_weights(lengths, aggregation, kept, self.config.rollout.max_tokens)
+        found: list[PlacedValues] = []
+
+        def loss(
+            microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            values, own_lengths = microbatch.values, lengths[microbatch.sequences]
+            if not known:
+                values = values | {"old_logprobs": logprobs.detach()}
+                values["importance"] = self._correct(values, own_lengths).weights
+                found.append((microbatch.flat_index, values["old_logprobs"]))
+            tokens = PolicyTokens(
+                new_logprobs=logprobs,
+                entropy=entropies,
+                old_logprobs=values["old_logprobs"],
+                importance=values["importance"],
+                ref_logprobs=values.get("ref_logprobs"),
+                advantages=values["advantages"],
+                weights=values["weights"],
+                lengths=own_lengths,
+                total_tokens=total,
+            )
+            return policy_objective(tokens, algorithm)
+
+        metrics = self._optimize(with_values(minibatch, weights=weights), loss, progress)
+        if not known:
+            minibatch = with_values(minibatch, old_logprobs=self._gather(minibatch, found))
+            correction = self._correct(minibatch.values, lengths)
+        return metrics, correction, minibatch.values["old_logprobs"]
+
+    def _correct(self, values: dict[str, torch.Tensor], lengths: torch.Tensor) -> TokenCorrection:
+        old, rollout, reused = values["old_logprobs"], values["rollout_logprobs"], values.get("reused")
+        return correct_mismatch(old, rollout, lengths, self.config.algorithm.correction, reused)
 
     def imitate(self, batch: Batch, progress: Progress | None = None) -> Metrics:
         """One supervised step: mean negative log-likelihood of the response tokens. Returns as `update` does."""

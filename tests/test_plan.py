@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_rl.plan import fullest_stage, gpu_total, plan
 from megatron_rl.plan_memory import active_parameters, engine_memory, model_parameters, stage_parameters, trainer_memory
 from megatron_rl.plan_speed import (
     GPUS,
+    StepTime,
     Workload,
     bubble_share,
     flops_per_token,
@@ -114,7 +116,7 @@ def test_a_critic_is_a_second_model_and_optimizer_without_the_output_table() -> 
     assert memory.total == trainer_memory(config(), arch, dp=4, microbatches=1, stage=0).total + memory.critic
     load = Workload(512, 2048, 256)
     with_critic, without = (step_time(each, arch, GPUS["h100"], load, 4) for each in (critic, config()))
-    assert (with_critic.values, with_critic.critic_update) == (without.old_logprobs, without.update)
+    assert (3 * with_critic.values, with_critic.critic_update) == (pytest.approx(without.update), without.update)
     assert without.values == without.critic_update == 0
 
 
@@ -167,9 +169,32 @@ def test_decoding_reads_the_weights_with_few_requests() -> None:
     assert many.limit == "room for keys and values"
 
 
+def test_old_log_probs_cost_a_pass_only_where_the_update_cannot_give_them() -> None:
+    arch, load = Architecture.from_hf(QWEN3_8B), Workload(512, 2048, 1024)
+    alone, compares = (
+        step_time(config(algorithm={"correction": {"normalize": value}}), arch, GPUS["h100"], load, dp=8)
+        for value in (False, True)
+    )
+    assert alone.old_logprobs == 0 < compares.old_logprobs
+    assert alone.total + compares.old_logprobs == pytest.approx(compares.total)
+
+
+def test_generation_beside_training_costs_the_longer_of_the_two() -> None:
+    arch, load = Architecture.from_hf(QWEN3_8B), Workload(512, 2048, 1024)
+
+    def seconds(**rollout: Any) -> StepTime:
+        return step_time(config(rollout={"max_tokens": 4096, **rollout}), arch, GPUS["h100"], load, dp=8)
+
+    apart, ahead = seconds(placement="separate"), seconds(placement="separate", async_steps=1)
+    assert ahead.phases() == apart.phases() and apart.total == pytest.approx(sum(apart.phases().values()))
+    assert ahead.total == pytest.approx(max(apart.generate, apart.update) + apart.weight_sync)
+    assert seconds(async_steps=1).total == seconds().total, "on the same GPUs nothing is gained"
+
+
 def test_an_update_is_three_forward_passes_and_four_with_recompute() -> None:
     arch, load = Architecture.from_hf(QWEN3_8B), Workload(512, 2048, 1024)
-    plain = step_time(config(), arch, GPUS["h100"], load, dp=8)
+    compares = config(algorithm={"correction": {"normalize": True}})
+    plain = step_time(compares, arch, GPUS["h100"], load, dp=8)
     full = config(train={"tokens_per_microbatch": 8192, "recompute": "full"})
     assert plain.update == pytest.approx(3 * plain.old_logprobs)
     assert step_time(full, arch, GPUS["h100"], load, dp=8).update == pytest.approx(4 * plain.old_logprobs)

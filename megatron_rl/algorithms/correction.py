@@ -80,9 +80,10 @@ def correct_mismatch(
     from_history = torch.zeros_like(old, dtype=torch.bool) if reused is None else reused > 0
     if correction.reused != "correct":
         log_ratio = log_ratio.masked_fill(from_history, 0.0)
-    response = torch.arange(len(lengths)).repeat_interleave(lengths)
+    lengths = lengths.to(old.device)
+    response = torch.arange(len(lengths), device=old.device).repeat_interleave(lengths, output_size=len(old))
     ratio = safe_exp(_at_level(log_ratio, response, lengths, correction.level))
-    vetoed = torch.zeros(len(lengths), dtype=torch.bool)
+    vetoed = torch.zeros(len(lengths), dtype=torch.bool, device=old.device)
     if correction.veto is not None:
         vetoed[response[log_ratio < math.log(correction.veto)]] = True
     kept = ~vetoed[response]
@@ -136,7 +137,7 @@ def _at_level(
     """The log-ratio that decides about each token: its own, or its response's sum or mean."""
     if level == "token":
         return log_ratio
-    total = torch.zeros(len(lengths), dtype=log_ratio.dtype).index_add(0, response, log_ratio)
+    total = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)
     return (total / lengths.clamp(min=1) if level == "geometric" else total)[response]
 
 

@@ -78,6 +78,12 @@ class Correction(Section):
     """Tokens that `rollout.history.mode=lenient` kept of earlier responses. correct: as fresh ones, by the current
     engine's log-probs; mask: no training on them; leave: their ratio counts as 1."""
 
+    @property
+    def compares_responses(self) -> bool:
+        """Whether what it makes of a response depends on others of the mini-batch: by rejection, which changes how much
+        the rest counts, or by normalization."""
+        return self.kind == "mask" or self.veto is not None or self.reused == "mask" or self.normalize
+
 
 class Algorithm(Section):
     """The policy-gradient algorithm (see `docs/algorithms.md`). The name decides the defaults of some other keys."""

@@ -222,6 +222,11 @@ class Drafter(Section):
     memory_mb: PositiveInt = 1024
     """Host memory for hidden states of the policy, in MiB per trainer process; those of old versions go first."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether the head learns during the run."""
+        return bool(self.fill or self.min_slices)
+
 
 class Eval(Section):
     """Evaluation on held-out prompts: before the first step, every `every` steps, and at the end."""
@@ -300,6 +305,22 @@ class Config(Section):
     """Metrics and reports."""
     run_dir: str
     """Folder for everything the run writes."""
+
+    @property
+    def scores_in_update(self) -> bool:
+        """Whether the forward pass of the update gives the old log-probs, so that none is needed before it.
+
+        With one update per step they are the log-probs of the update itself, unless they are needed earlier: for a
+        correction that compares responses, a KL penalty in the reward, or a drafter that learns from the pass.
+        """
+        kl = self.algorithm.kl
+        needed_before = (
+            self.train.minibatches > 1,
+            self.algorithm.correction.compares_responses,
+            kl.coef > 0 and kl.place == "reward",
+            self.rollout.speculation.uses_head and self.drafter.trains,
+        )
+        return not any(needed_before)
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -44,6 +44,23 @@ def test_sections_must_fit_each_other():
     _refused("data.arithmetic.digits=3", "max_doublings=6", data={"arithmetic": {"digits": 3}})
 
 
+def test_old_log_probs_come_from_the_update_unless_they_are_needed_before_it():
+    assert _config().scores_in_update
+    assert _config(algorithm={"correction": {"level": "sequence", "reused": "leave"}}).scores_in_update
+    assert _config(algorithm={"kl": {"coef": 0.1}}).scores_in_update
+    head = {"rollout": {"speculation": {"drafters": ["eagle"], "adaptive": "model"}}}
+    assert _config(**head, drafter={"fill": []}).scores_in_update
+    before = [
+        {"train": {"minibatches": 2}},
+        head,
+        {"algorithm": {"name": "ppo", "kl": {"coef": 0.1, "place": "reward"}}},
+        *({"algorithm": {"correction": form}} for form in ({"kind": "mask"}, {"veto": 0.1}, {"normalize": True})),
+        {"algorithm": {"correction": {"reused": "mask"}}},
+    ]
+    for sections in before:
+        assert not _config(**sections).scores_in_update, sections
+
+
 @pytest.mark.parametrize(
     ("correction", "key"),
     [

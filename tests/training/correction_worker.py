@@ -26,6 +26,7 @@ FORMS = {
     "sequence-mask": {"kind": "mask", "level": "sequence", "floor": 0.5, "veto": 0.4},
     "geometric-mask": {"kind": "mask", "level": "geometric", "cap": 1.05, "floor": 0.95},
 }
+SCORED_IN_UPDATE = {"none": {"kind": "none"}, "token": {"cap": 1.1}, "sequence": {"level": "sequence"}}
 ALGORITHMS = ("gspo", "cispo")  # the ratio of the response, and another loss
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
@@ -73,6 +74,29 @@ def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     return results
 
 
+def scored(trainer: Trainer, model: Path, batch: Batch) -> dict:
+    """Per form, with old log-probs of a pass before the update, and without them: all that the update computed."""
+    gradients = PolicyWeights(trainer.model, trainer.arch)
+    gradients.live = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    results = {}
+    for form, correction in SCORED_IN_UPDATE.items():
+        trainer.config = make_config(model, correction, lr=1e-30)
+        without = Batch(batch.prompts, batch.responses, dict(batch.values))
+        del without.values["old_logprobs"]
+        for name, given in (
+            ("before", with_values(batch, old_logprobs=trainer.logprobs(batch))),
+            ("in update", without),
+        ):
+            results[form, name] = {
+                "metrics": trainer.update(given),
+                "gradients": pieces(gradients),
+                "old_logprobs": trainer.old_logprobs,
+                "correction": trainer.correction.metrics(),
+                "weights": trainer.correction.weights,
+            }
+    return results
+
+
 def moved(batch: Batch) -> Batch:
     old = batch.values["old_logprobs"]
     return with_values(batch, old_logprobs=old + 0.2 * torch.sin(torch.arange(len(old))))
@@ -107,7 +131,11 @@ def main() -> None:
     trainer.model.config.finalize_model_grads_func = lambda *arguments, **options: finalize_model_grads(
         *arguments, **(options | {"force_all_reduce": True})
     )
-    results = {"corrected": corrected(trainer, model, batch), "rejected": rejected(trainer, model, batch)}
+    results = {
+        "corrected": corrected(trainer, model, batch),
+        "scored": scored(trainer, model, batch),
+        "rejected": rejected(trainer, model, batch),
+    }
     torch.save(results, output / f"rank{runtime.rank}.pt")
     device.shutdown()
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.algorithms import correct_mismatch
 from megatron_rl.config.algorithm import Correction
 from tests.launching import run_workers
-from tests.training.correction_worker import AGGREGATIONS, ALGORITHMS, FORMS
+from tests.training.correction_worker import AGGREGATIONS, ALGORITHMS, FORMS, SCORED_IN_UPDATE
 from tests.training.models import make_models, random_sequences
 
 CASES = [("token-mask", name) for name in ALGORITHMS]
@@ -64,6 +64,22 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_and_data_parallel_ran
         for name, gradient in expected["gradients"].items():
             found = ranks[0]["gradients"][name]
             torch.testing.assert_close(found, gradient, atol=2e-5, rtol=1e-3, msg=f"{name} on {processes}")
+
+
+@pytest.mark.parametrize("form", SCORED_IN_UPDATE)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_log_probs_of_the_update_stand_for_those_of_a_pass_before_it(runs, form, processes):
+    for rank in runs[processes]:
+        before, update = rank["scored"][form, "before"], rank["scored"][form, "in update"]
+        assert torch.equal(update["old_logprobs"], before["old_logprobs"])
+        assert torch.equal(update["weights"], before["weights"])
+        assert update["metrics"] == before["metrics"]
+        assert update["correction"] == before["correction"]
+        for name, gradient in before["gradients"].items():
+            assert torch.equal(update["gradients"][name], gradient), name
+    driver = runs[processes][0]["scored"][form, "in update"]
+    assert driver["metrics"]["grad_norm"] > 1e-3
+    assert (driver["correction"]["clipped_share"] > 0) == (form != "none")
 
 
 def test_every_form_trains_differently(runs):
