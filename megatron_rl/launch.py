@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCHER_PID = "MEGATRON_RL_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+TORCHRUN_PATIENCE_S = 30  # how long torchrun waits between SIGTERM and SIGKILL
 
 
 def launch(config: Config, command: str, arguments: Sequence[str], run: Callable[[Config], None]) -> int:
@@ -203,8 +204,13 @@ def _silence_known_warnings() -> None:
 def _report(failure: "ChildFailedError") -> int:
     """Say which process failed first and why, as the last lines of the log; returns its exit status."""
     rank, first = failure.get_first_failure()
-    # Times are whole seconds, and the others notice at once that a process is gone.
-    killed = [item for item in failure.failures.items() if item[1].exitcode == -signal.SIGKILL]
+    # The others notice at once that a process is gone, and a killed one has the time of this report. If that is so much
+    # later, it hung because of the first failure until torchrun's patience was over.
+    killed = [
+        item
+        for item in failure.failures.items()
+        if item[1].exitcode == -signal.SIGKILL and item[1].timestamp - first.timestamp < TORCHRUN_PATIENCE_S
+    ]
     rank, first = killed[0] if killed else (rank, first)
     if first.exitcode < 0:
         reason = f"was ended by {first.signal_name()}"

@@ -84,16 +84,26 @@ def test_the_first_error_is_the_last_line_and_its_status_is_kept(tmp_path: Path)
     assert "Setting OMP_NUM_THREADS" not in errors
 
 
-def test_a_killed_process_is_named_before_those_that_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    extra = {"py_callstack": "", "timestamp": "100"}
+@pytest.mark.parametrize(
+    ("ago", "status", "sentence"),
+    [
+        (2, 137, "trainer process 1 was ended by SIGKILL"),
+        # It waited for the other one, until torchrun killed it.
+        (31, 1, "trainer process 0 failed first: RuntimeError: connection closed by peer"),
+    ],
+)
+def test_a_killed_process_is_named_before_those_that_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ago: int, status: int, sentence: str
+) -> None:
+    extra = {"py_callstack": "", "timestamp": str(int(time.time()) - ago)}
     recorded = {"message": {"message": "RuntimeError: connection closed by peer", "extraInfo": extra}}
     (tmp_path / "error.json").write_text(json.dumps(recorded))
     failures = {
         0: ProcessFailure(local_rank=0, pid=11, exitcode=1, error_file=str(tmp_path / "error.json")),
         1: ProcessFailure(local_rank=1, pid=12, exitcode=-signal.SIGKILL, error_file=str(tmp_path / "none")),
     }
-    assert _report(ChildFailedError("train", failures)) == 137
-    assert capsys.readouterr().err.startswith("trainer process 1 was ended by SIGKILL")
+    assert _report(ChildFailedError("train", failures)) == status
+    assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_the_status_of_a_config_error_gets_through(tmp_path: Path) -> None:
