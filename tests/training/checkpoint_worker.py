@@ -3,6 +3,7 @@
 checkpoint_worker MODEL TP PP RUN_DIR STEPS SAVE_AT OUTPUT [PRECISION [EP]]
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def main() -> None:
         }
     )
     runtime = device.initialize(config)
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(os.getpid()))
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
     done = latest_step(run_dir)
     if done:
@@ -50,7 +53,9 @@ def main() -> None:
         if runtime.is_driver:
             print(f"step {step} {metrics}")
         if step + 1 == save_at:
+            forks.clear()
             save_checkpoint(trainer, run_dir, step + 1, 1, {"rank": torch.distributed.get_rank()})
+            assert not forks, "a fork beside other threads may hang"
     export_hf(trainer.weights, model, output)
     device.shutdown()
 
