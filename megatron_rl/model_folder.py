@@ -5,13 +5,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rl.health import shared_store
+
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
 DRAFT, REPLACED = ".tmp", ".old"
+_PATIENCE = timedelta(seconds=10)
 _PROBE_BYTES = 4 * 2**20
 
 
@@ -35,7 +39,7 @@ def new_model_folder(folder: Path, template: str | Path) -> Iterator[Path]:
         torch.distributed.barrier()
         yield draft
     except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
-        reason, free = _write_error(draft) or _reason(error), shutil.disk_usage(_existing(draft)).free / 1e9
+        reason, free = _reason(error, draft), shutil.disk_usage(_existing(folder.parent)).free / 1e9
         if writes:
             shutil.rmtree(draft, ignore_errors=True)
         raise RuntimeError(
@@ -68,14 +72,25 @@ def _write_error(folder: Path) -> str | None:
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """The error itself, where megatron-core and torch have wrapped those of their writing processes."""
-    if isinstance(error, CheckpointException):
-        failures = list(error.failures.values())
-        if not failures:
-            return "rank 0 says why"
-        error = failures[0][0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _reason(error: BaseException, draft: Path) -> str:
+    """Why the draft could not be written: what the disk says, or the error that megatron-core and torch have wrapped.
+
+    Rank 0 alone looks at the disk, before it removes the draft, and tells those that only hear that others failed.
+    """
+    store, key = shared_store(), f"why/{draft}"
+    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
+    if torch.distributed.get_rank() != 0 and not failures:
+        try:
+            store.wait([key], _PATIENCE)
+            return str(store.get(key).decode())
+        except RuntimeError:
+            return "rank 0 has not said why"
+    first = failures[0][0] if failures else error
+    reason = f"{type(first).__name__}: {' '.join(str(first).split())}"
+    if torch.distributed.get_rank() == 0:
+        reason = _write_error(draft) or reason
+        store.set(key, reason)
+    return reason
 
 
 def _copy_model_files(template: str | Path, target: Path) -> None:

@@ -21,7 +21,9 @@ def main() -> None:
         try:
             write_model_folder({"weights": part}, model, checkpoint_folder(run_dir, step))
         except RuntimeError as error:
-            print(f"rank {runtime.rank}: {error}", flush=True)
+            # In one piece: both ranks print at once.
+            sys.stdout.write(f"rank {runtime.rank}: {error}\n")
+            sys.stdout.flush()
     device.shutdown()
 
 
