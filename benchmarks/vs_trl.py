@@ -5,18 +5,16 @@
 Three runs from the same weights (`make demo` makes the base model), with the same prompts in the same order, group
 size, longest response, reward, optimizer and precision. TRL runs in an environment of its own, which the first call
 makes in `build/trl` (packages of `TRL`, about 1 GB), and generates with transformers, in one process with all cores:
-it has no vLLM on a CPU. `plain` has no speculation and no history; `accelerated` has the demo's drafters and the
+it has no vLLM on a CPU. This project's trainers are two data-parallel processes, which suit two cores better than the
+demo's two pipeline stages. `plain` has no speculation and no history; `accelerated` has the demo's drafters and the
 responses of the epoch before as lenient drafts.
 
 Seconds are medians over the steps from the second epoch on, when history has something to reuse. Lengths and rewards
 are means over the same steps: runs learn at their own pace, so tokens per second are there beside seconds per step.
-TRL leaves out the pass for old log-probs, which with one update per batch are those of the update itself. With a model
-as small as the demo's, the work around the model counts most: on two cores TRL's steps took 0.8 of the time of plain
-ones here.
 """
 
-import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,10 +25,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from _common import ROOT, Arguments, finish, run_command
+from _common import ROOT, Arguments, finish, parse_training_arguments, run_command
 from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.data.order import PromptOrder
-from megatron_rl.data.prompts import load_prompts
+from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.metrics import read_metrics
 
 TRL = ["torch==2.13.0", "transformers==5.19.0", "datasets==5.2.0", "accelerate==1.15.0", "trl==1.16.0"]
@@ -39,8 +37,9 @@ VARIANTS = {
     "plain": ["rollout.speculation.adaptive=off"],
     "accelerated": ["rollout.history={mode: lenient, lenience: 0.5}"],
 }
-PROMPTS, SHORT, FULL = 64, 6, 16  # prompts, and steps of a run
+PROMPTS, SHORT, FULL = 64, 6, 16  # prompts of the demo, and steps of a run
 MICROBATCHES = 4
+LAYOUT = ["parallel.pp_size=1", "parallel.dp_size=2"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ def make_environment() -> Path:
     return python
 
 
-def train_with_trl(python: Path, config: Config, work: Path, skip: int) -> Run:
+def train_with_trl(python: Path, config: Config, prompts: list[Prompt], work: Path, skip: int) -> Run:
     """TRL's run."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    prompts = load_prompts(config.data.train, config.data, tokenizer, config.data.split, heldout=False)
     train, algorithm = config.train, config.algorithm
     order = PromptOrder(len(prompts), train.prompts_per_step, config.data.seed)
     visited = [prompts[index] for step in range(train.steps) for index, _ in order.indices(step)]
@@ -128,14 +125,9 @@ def train_with_ours(config_file: str, overrides: list[str], run_dir: Path, skip:
 
 def main() -> None:
     """Train, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--config", default="configs/arithmetic.yaml", help="experiment (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-vs-trl"), help="for runs (default: %(default)s)")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="changes of the experiment, for our runs")
-    flags = parser.parse_args()
+    flags = parse_training_arguments(__doc__, "fewer steps", "runs/bench-vs-trl")
     overrides = [
+        *LAYOUT,
         f"data.arithmetic.train_size={PROMPTS}",
         f"train.steps={SHORT if flags.quick else FULL}",
         "eval={every: 0, samples: 0}",
@@ -144,11 +136,13 @@ def main() -> None:
         *flags.override,
     ]
     config = load_config(flags.config, overrides)
-    if not (Path(config.model.path) / "config.json").is_file():
-        raise ConfigError(f"{config.model.path} holds no model; run `make demo` first, or name another with --config.")
-    epoch = PROMPTS // config.train.prompts_per_step
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    prompts = load_prompts(config.data.train, config.data, tokenizer, config.data.split, heldout=False)
+    epoch = math.ceil(len(prompts) / config.train.prompts_per_step)
+    if epoch >= config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps} has no second epoch of {len(prompts)} prompts; raise it.")
     flags.work.mkdir(parents=True, exist_ok=True)
-    runs = {"TRL": train_with_trl(make_environment(), config, flags.work, epoch)}
+    runs = {"TRL": train_with_trl(make_environment(), config, prompts, flags.work, epoch)}
     for name, changes in VARIANTS.items():
         runs[name] = train_with_ours(flags.config, [*overrides, *changes], flags.work / name, epoch)
     ratios = {f"{name}_vs_trl_step": runs["TRL"].step / runs[name].step for name in VARIANTS}
