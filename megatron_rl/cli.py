@@ -143,6 +143,9 @@ def convert(
         raise ConfigError(f"{source} is not a folder; give a folder with a model or a checkpoint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} already exists and is not an empty folder; choose another output.")
+    from megatron_rl.launch import silence_known_warnings
+
+    silence_known_warnings()
     from megatron_rl.convert import hf_to_megatron, megatron_to_hf
 
     (megatron_to_hf if to is Format.hf else hf_to_megatron)(str(source), str(output))

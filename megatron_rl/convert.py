@@ -14,8 +14,10 @@ from megatron_rl.trainer import Policy
 def hf_to_megatron(model: str, output: str) -> None:
     """Write the Hugging Face model `model` as a folder that `model.path` accepts, with Megatron weights.
 
+    A folder `output` that exists is replaced.
+
     Raises:
-        ConfigError: when `model` has no Hugging Face weights or `output` exists.
+        ConfigError: when `model` has no Hugging Face weights.
     """
     if not has_hf_weights(model):
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
@@ -27,8 +29,10 @@ def hf_to_megatron(model: str, output: str) -> None:
 def megatron_to_hf(checkpoint: str, output: str) -> None:
     """Write a run's checkpoint (`run_dir/checkpoints/step_...`) or converted folder as a Hugging Face model.
 
+    A folder `output` that exists is replaced.
+
     Raises:
-        ConfigError: when `checkpoint` has no Megatron weights or `output` exists.
+        ConfigError: when `checkpoint` has no Megatron weights.
     """
     if not has_megatron_weights(checkpoint):
         raise ConfigError(
@@ -40,8 +44,6 @@ def megatron_to_hf(checkpoint: str, output: str) -> None:
 
 
 def _load(model: str, output: str) -> Policy:
-    if Path(output).exists():
-        raise ConfigError(f"{output!r} exists already; choose another output or remove it.")
     hf = read_hf_config(model)
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     precision = "fp32" if stored == "float32" else "bf16"

@@ -188,12 +188,12 @@ def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> in
         run(config)
 
     die_with_launcher()
-    _silence_known_warnings()
+    silence_known_warnings()
     checked_run()
     return 0
 
 
-def _silence_known_warnings() -> None:
+def silence_known_warnings() -> None:
     """megatron-core says at import that Transformer Engine and Apex are missing, which `doctor` says better."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", message=".*is not a leaf Tensor", category=UserWarning)
