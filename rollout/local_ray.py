@@ -26,6 +26,8 @@ def start_ray(head_bytes: int = 0) -> None:
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Ray asks for a token by itself, but left alone keeps it in the home folder, for the whole machine to read.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Engines get processes of their own; those that Ray starts ahead would wait for work until the end of the run.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Ray's own switch for machines without a cluster; it takes no loopback address as an argument.
     clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
