@@ -20,6 +20,7 @@ class FixedExperiment:
     """An experiment of two responses, of 3 and 1 tokens, with the rewards 1 and -2."""
 
     trains_policy = Experiment.trains_policy
+    scores_before_update = Experiment.scores_before_update
 
     def __init__(self, algorithm: dict[str, Any]) -> None:
         self.config = Config.model_validate(
@@ -32,6 +33,7 @@ class FixedExperiment:
         self.generator = SimpleNamespace(training_rollouts=lambda step: scored)
         self.coordinator = SimpleNamespace(drive=lambda call: call())
         self.trainer = SimpleNamespace(logprobs=fixed(-1, -1, -1, -1), update=self._learns("policy"))
+        self.trainer.old_logprobs = torch.full((4,), -1.5)  # what the update finds
         self.reference = SimpleNamespace(logprobs=fixed(-1.2, -0.6, -1, -2))
         self.critic = None
         if needs_critic(self.config.algorithm):
@@ -60,6 +62,7 @@ class FixedExperiment:
         return {}
 
     def step_metrics(self, rollouts: Any, batch: Batch, update: Any, sync: Any) -> dict[str, float]:
+        self.reported = batch
         return update or {}
 
 
@@ -100,8 +103,11 @@ def test_the_first_steps_train_the_critic_alone() -> None:
     experiment = FixedExperiment({"name": "ppo", "critic": {"warmup_steps": 2}})
     assert train_step(experiment, 2) == {"critic/loss": 1.0}
     assert experiment.learned.keys() == {"critic"}
+    assert experiment.reported.values["old_logprobs"].tolist() == [-1] * 4, "of a pass of their own"
     train_step(experiment, 3)
     assert experiment.learned.keys() == {"critic", "policy"}
+    assert "old_logprobs" not in experiment.learned["policy"].values
+    assert experiment.reported.values["old_logprobs"].tolist() == [-1.5] * 4, "of the update"
 
 
 def test_without_a_critic_the_warm_up_is_nobodys() -> None:
