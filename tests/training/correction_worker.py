@@ -48,13 +48,19 @@ def pieces(weights: PolicyWeights) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, _, value in weights.pieces()}
 
 
+def gradients_of(trainer: Trainer) -> PolicyWeights:
+    """This rank's gradients, which `pieces` copies by the names of the weights."""
+    gradients = PolicyWeights(trainer.model, trainer.arch)
+    gradients.live = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    return gradients
+
+
 def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     """Per form, aggregation and micro-batch size: metrics of an update and this rank's pieces of its gradients.
 
     Those of `ALGORITHMS`, in the place of an aggregation, are of a policy that has moved since the rollouts.
     """
-    gradients = PolicyWeights(trainer.model, trainer.arch)
-    gradients.live = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    gradients = gradients_of(trainer)
     # A learning rate that moves no weight: all cases see the same policy.
     configs = {
         (form, aggregation): make_config(model, correction, lr=1e-30, aggregation=aggregation)
@@ -76,17 +82,14 @@ def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
 
 def scored(trainer: Trainer, model: Path, batch: Batch) -> dict:
     """Per form, with old log-probs of a pass before the update, and without them: all that the update computed."""
-    gradients = PolicyWeights(trainer.model, trainer.arch)
-    gradients.live = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    gradients = gradients_of(trainer)
     results = {}
     for form, correction in SCORED_IN_UPDATE.items():
         trainer.config = make_config(model, correction, lr=1e-30)
-        without = Batch(batch.prompts, batch.responses, dict(batch.values))
-        del without.values["old_logprobs"]
-        for name, given in (
-            ("before", with_values(batch, old_logprobs=trainer.logprobs(batch))),
-            ("in update", without),
-        ):
+        rest = {name: value for name, value in batch.values.items() if name != "old_logprobs"}
+        without = Batch(batch.prompts, batch.responses, rest)
+        before = with_values(without, old_logprobs=trainer.logprobs(batch))
+        for name, given in (("before", before), ("in update", without)):
             results[form, name] = {
                 "metrics": trainer.update(given),
                 "gradients": pieces(gradients),
