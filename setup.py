@@ -1,10 +1,10 @@
 """Packages, entry points and the native extension: C++ always, CUDA where nvcc is found.
 
-The extension is four libraries of torch operators, `rollout/_verify.so` and `rollout/_verify_cuda.so` for
-`rollout/verify.py`, `rollout/_int8.so` for `rollout/int8.py` and `megatron_rl/_logprobs.so` for
-`megatron_rl/logprobs.py`, and `rollout/_ngram.so`, plain C for `rollout/ngram.py`. The operators use torch's stable
-ABI. The compilers are called directly, because torch's own build helper compiles all files of a library with the same
-flags, and no CUDA beside a CPU build of torch.
+The extension is four libraries of torch operators and one of plain C, each in the folder of the module that loads it:
+`_verify.so` and `_verify_cuda.so` for `rollout/sampling/verify.py`, `_int8.so` for `rollout/quantization/int8.py`,
+`_logprobs.so` for `megatron_rl/models/vocab_parallel_logprobs.py`, and `_ngram.so` (C) for
+`rollout/speculation/ngram.py`. The operators use torch's stable ABI. The compilers are called directly, because torch's
+own build helper compiles all files of a library with the same flags, and no CUDA beside a CPU build of torch.
 
 Environment: `CXX` and `NVCC` name the compilers, `MEGATRON_RL_CUDA=0` leaves CUDA out.
 """
@@ -130,13 +130,13 @@ def extensions() -> list[Extension]:
     verify = sources("ops", "problems", "verify_cpu", "capability", "scan_*")
     logprobs = sources("logprobs_ops", "logprobs_cpu", "capability", "logprobs_*")
     found = [
-        Extension("rollout._verify", verify, libraries=["torch_cpu"]),
-        Extension("megatron_rl._logprobs", logprobs, libraries=["torch_cpu"]),
-        Extension("rollout._int8", sources("int8_ops", "int8_cpu"), libraries=["torch_cpu"]),
-        Extension("rollout._ngram", ["csrc/ngram.cpp"]),
+        Extension("rollout.sampling._verify", verify, libraries=["torch_cpu"]),
+        Extension("megatron_rl.models._logprobs", logprobs, libraries=["torch_cpu"]),
+        Extension("rollout.quantization._int8", sources("int8_ops", "int8_cpu"), libraries=["torch_cpu"]),
+        Extension("rollout.speculation._ngram", ["csrc/ngram.cpp"]),
     ]
     if find_nvcc():
-        found.append(Extension("rollout._verify_cuda", ["csrc/verify_cuda.cu"], libraries=["torch_cpu"]))
+        found.append(Extension("rollout.sampling._verify_cuda", ["csrc/verify_cuda.cu"], libraries=["torch_cpu"]))
     return found
 
 
@@ -147,7 +147,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl*", "rollout*", "drafter*"]),
-    package_data={"megatron_rl": ["slurm.sh"]},
+    package_data={"megatron_rl.cluster": ["slurm.sh"]},
     install_requires=[
         "torch>=2.13",
         "megatron-core==0.16.1",
@@ -172,7 +172,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["megatron-rl=megatron_rl.cli:main"],
-        "vllm.general_plugins": ["megatron_rl=rollout.plugin:register"],
+        "vllm.general_plugins": ["megatron_rl=rollout.engine.plugin:register"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},

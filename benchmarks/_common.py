@@ -20,11 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
-# Python looks in a script's own folder first, where drafter.py would hide the package of that name.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megatron_rl.config import ConfigError, load_config
-from megatron_rl.results import publish
+from megatron_rl.observability.benchmark_results import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +93,7 @@ def finish(
     rows: Sequence[Mapping[str, Any]],
     console: Console | None = None,
 ) -> None:
-    """Print the rows and ratios as tables, and write the JSON when asked to; see `megatron_rl.results.publish`."""
+    """Print the rows and ratios as tables, and write the JSON when asked to; see `benchmark_results.publish`."""
     publish(Path(sys.argv[0]).stem, ratios, rows, arguments.json, arguments.quick, console)
 
 

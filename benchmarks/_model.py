@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl import device
 from megatron_rl.config import Config
-from megatron_rl.coordination import Coordinator
-from megatron_rl.device import Runtime
+from megatron_rl.distributed import device
+from megatron_rl.distributed.coordinator import Coordinator
+from megatron_rl.distributed.device import Runtime
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.scratch import make_scratch_model
-from megatron_rl.start import load_tokenizer
-from megatron_rl.trainer import Trainer
-from megatron_rl.weight_sync import WeightSync
-from rollout.fleet import RolloutFleet
-from rollout.records import RolloutRequest
+from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.preflight import load_tokenizer
+from megatron_rl.trainer.trainer import Trainer
+from megatron_rl.trainer.weight_sync import WeightSync
+from rollout.fleet.fleet import RolloutFleet
+from rollout.types import RolloutRequest
 
 
 @dataclass

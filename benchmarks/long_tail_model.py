@@ -1,7 +1,7 @@
 """Makes a 56 M parameter model and an EAGLE head for `long_tail.py`, from nothing, in an hour on two cores.
 
     python benchmarks/long_tail_model.py
-    python benchmarks/long_tail.py --model runs/long-tail/hf --drafter runs/long-tail/drafter \\
+    python benchmarks/bench_long_tail.py --model runs/long-tail/hf --drafter runs/long-tail/drafter \\
         --data runs/long-tail/problems.jsonl
 
 The model learns to go on calculating with a number, one operation after the other: `00317:+7=00324,*2=00648,...`. Which

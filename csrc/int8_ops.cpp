@@ -1,4 +1,4 @@
-// The schemas of megatron_rl::int8_pack and int8_linear, and their CPU half; documented in rollout/int8.py.
+// The schemas of megatron_rl::int8_pack and int8_linear, and their CPU half; documented in rollout/quantization/int8.py.
 //
 // Only torch's stable ABI is used, so that one build serves several versions of torch.
 

@@ -9,7 +9,7 @@
 // Contexts are kept by a 64-bit hash in two generations of bounded size: when the young one is full it becomes the old
 // one and the oldest counts are forgotten. A hash collision costs a wrong draft, which verification rejects.
 //
-// Plain C interface, called through ctypes by rollout/ngram.py. One index belongs to one thread.
+// Plain C interface, called through ctypes by rollout/speculation/ngram.py. One index belongs to one thread.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The noise of coupled sampling: one definition for SIMD code, CUDA code and scalar code.
 //
 // A 32-bit murmur3 hash of (seed, position, token id) stands for the uniform u = (hash + 0.5) / 2^32, and the Gumbel
-// noise of the token is g = -log(-log(1 - u)): the stream of vLLM's V2 sampler and of rollout/noise.py. The logarithm
+// noise of the token is g = -log(-log(1 - u)): the stream of vLLM's V2 sampler and of rollout/sampling/gumbel_noise.py. The logarithm
 // is written out here, in operations that IEEE 754 rounds exactly, so that CPU and CUDA compute the same bits.
 //
 // Everything is in an anonymous namespace on purpose: the files that include this are compiled for different

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.evaluation import PUBLIC_SETS
+from megatron_rl.config.heldout_sets import PUBLIC_SETS
 
 app = typer.Typer(
     help="Reinforcement learning of language models with Megatron-Core actors and a vLLM rollout fleet.",
@@ -44,8 +44,8 @@ class Format(StrEnum):
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train with reinforcement learning; starts its own trainer processes unless torchrun or srun has."""
+    from megatron_rl.cluster.launcher import launch
     from megatron_rl.config import Config, load_config
-    from megatron_rl.launch import launch
 
     def run(settings: Config) -> None:
         from megatron_rl import train
@@ -59,8 +59,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune on demonstrations, to make the model that `train` starts from."""
+    from megatron_rl.cluster.launcher import launch
     from megatron_rl.config import Config, load_config
-    from megatron_rl.launch import launch
 
     def run(settings: Config) -> None:
         from megatron_rl import sft
@@ -87,12 +87,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure accuracy, avg@k, pass@k and majority@k of a policy on held-out sets; goes on where it was stopped."""
+    from megatron_rl.cluster.launcher import launch
     from megatron_rl.config import Config, load_config
-    from megatron_rl.evaluation.settings import for_evaluation
-    from megatron_rl.launch import launch
+    from megatron_rl.evaluation.evaluation_settings import for_evaluation
 
     def run(settings: Config) -> None:
-        from megatron_rl.evaluation import run
+        from megatron_rl import evaluate as run
 
         run.run(settings)
 
@@ -121,8 +121,8 @@ def prepare_data(
     ] = None,
 ) -> None:
     """Write a public training set as Parquet, without duplicates and without problems of evaluation sets."""
-    from megatron_rl.console import Console
     from megatron_rl.data.prepare import prepare
+    from megatron_rl.observability.console import Console
 
     sets = [] if against == "none" else _listed(against)
     prepare(name, output, sets, ngram, keep_overlaps, template, Console(enabled=True))
@@ -143,7 +143,7 @@ def convert(
         raise ConfigError(f"{source} is not a folder; give a folder with a model or a checkpoint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} already exists and is not an empty folder; choose another output.")
-    from megatron_rl.launch import silence_known_warnings
+    from megatron_rl.cluster.launcher import silence_known_warnings
 
     silence_known_warnings()
     from megatron_rl.convert import hf_to_megatron, megatron_to_hf
@@ -190,8 +190,8 @@ def bench_speculative(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE.")] = None,
 ) -> None:
     """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
-    from megatron_rl.bench import run_speculative
     from megatron_rl.config import load_config
+    from megatron_rl.drafting.bench import run_speculative
 
     settings = load_config(config, overrides or [])
     if quick:
@@ -213,11 +213,11 @@ def warm_up_drafter(
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write; default: RUN_DIR/drafter.")] = None,
 ) -> None:
     """Train a drafter for the policy `model.path` on its own rollouts, before a run that uses it."""
+    from megatron_rl.cluster.launcher import launch
     from megatron_rl.config import Config, load_config
-    from megatron_rl.launch import launch
 
     def run(settings: Config) -> None:
-        from megatron_rl import warmup
+        from megatron_rl.drafting import warmup
 
         warmup.run(settings, warmup.WarmupOptions(batches, updates, slices, rollouts=rollouts, output=output))
 
@@ -247,8 +247,8 @@ def profile_quantization(
     ] = None,
 ) -> None:
     """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
+    from megatron_rl.calibration.profile import profile
     from megatron_rl.config import load_config
-    from megatron_rl.profiling import profile
 
     settings = load_config(config, overrides or [])
     profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)
@@ -270,8 +270,8 @@ def set_up_quantization(
     ] = None,
 ) -> None:
     """Write the file that engines read (rollout.quantization_profile, FLASHRL_CONFIG)."""
+    from megatron_rl.calibration.profile_file import setup
     from megatron_rl.config.rollout import Rollout
-    from megatron_rl.quantize import setup
 
     setup(profile, output, Rollout().quantization_max_error if max_error is None else max_error, skip or [])
 
@@ -305,8 +305,8 @@ def launch_slurm(
     ] = None,
 ) -> None:
     """Check the experiment against so many nodes, and write the sbatch file that trains it on them."""
+    from megatron_rl.cluster.slurm import Job, describe, node_roles, write_job
     from megatron_rl.config import load_config
-    from megatron_rl.slurm import Job, describe, node_roles, write_job
 
     overrides = overrides or []
     settings = load_config(config, overrides)
@@ -330,9 +330,9 @@ def plan(
     ] = None,
 ) -> None:
     """Show what the experiment needs on GPUs: memory by part, pipeline, weight sync, expected speed and its limit."""
+    from megatron_rl.cluster.plan import plan as print_plan
+    from megatron_rl.cluster.slurm import Job
     from megatron_rl.config import load_config
-    from megatron_rl.plan import plan as print_plan
-    from megatron_rl.slurm import Job
 
     settings = load_config(config, overrides or [])
     print_plan(settings, Job(nodes, gpus, gpus), gpu, prompt_tokens, response_tokens)
@@ -349,7 +349,7 @@ def doctor() -> None:
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Write report.md with plots into RUN_DIR and print its summary."""
-    from megatron_rl.report import print_summary, write_report
+    from megatron_rl.observability.report import print_summary, write_report
 
     file = write_report(run_dir)
     print_summary(run_dir)

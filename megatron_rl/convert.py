@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from megatron_rl import device
-from megatron_rl.checkpoint import has_megatron_weights, write_model_folder
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.layout import check_layout, read_hf_config
+from megatron_rl.config.model_fit import check_layout, read_hf_config
+from megatron_rl.distributed import device
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
-from megatron_rl.trainer import Policy
+from megatron_rl.trainer.checkpoint import has_megatron_weights, write_model_folder
+from megatron_rl.trainer.trainer import Policy
 
 
 def hf_to_megatron(model: str, output: str) -> None:

@@ -111,8 +111,8 @@ def required(name: str) -> Finding:
 def native_kernels() -> Finding:
     """The libraries that `setup.py` builds."""
     status, output = probe(
-        "import megatron_rl.logprobs, rollout.ngram, rollout.verify\n"
-        "rollout.ngram.NgramDrafter(1, 1 << 16); print('load')"
+        "import megatron_rl.models.vocab_parallel_logprobs, rollout.speculation.ngram, rollout.verify\n"
+        "rollout.speculation.ngram.NgramDrafter(1, 1 << 16); print('load')"
     )
     if status != 0:
         return Finding("native kernels", "broken", f"no training and no rollouts ({output})", "problem")
@@ -142,7 +142,7 @@ def cpu() -> list[Finding]:
     if package_version("torch") is None:
         return rows
     # In a child process, because it imports torch, which may be broken.
-    status, output = probe("from megatron_rl.device import amx_usable\nprint(amx_usable())")
+    status, output = probe("from megatron_rl.distributed.device import amx_usable\nprint(amx_usable())")
     answer = output.splitlines()[-1] if output else ""
     if status != 0:
         rows.append(Finding("AMX probe", "failed", output, "note"))
@@ -162,7 +162,7 @@ def environment_table() -> Table:
     program = (
         "import json\n"
         "from megatron_rl.config.schema import Config, Model\n"
-        "from megatron_rl.device import process_environment\n"
+        "from megatron_rl.distributed.device import process_environment\n"
         "config = Config(model=Model(path='-'), run_dir='-')\n"
         "print(json.dumps(process_environment(config, 1)))\n"
     )

@@ -7,32 +7,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from drafter.checkpoint import save_head
-from megatron_rl import device
+from drafter.eagle.head_files import save_head
 from megatron_rl.algorithms import load_algorithm, mismatch_metrics, needs_critic
 from megatron_rl.algorithms.step import reward_kl
-from megatron_rl.batch import Batch
-from megatron_rl.best import best_folder, improvement, save_best
-from megatron_rl.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.config import Config
-from megatron_rl.console import Console
-from megatron_rl.coordination import Coordinator
-from megatron_rl.critic import Critic
-from megatron_rl.device import Runtime
-from megatron_rl.drafting import CHECKPOINT_NAME, Drafting, frozen_policy
-from megatron_rl.generation import Generator
-from megatron_rl.heads import folder_for_engines, initial_head
-from megatron_rl.health import Pulse, leave, shared_store
-from megatron_rl.metrics import MetricsLogger
+from megatron_rl.distributed import device
+from megatron_rl.distributed.coordinator import Coordinator
+from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.watchdog import Pulse, leave, shared_store
+from megatron_rl.drafting.initial_head import folder_for_engines, initial_head
+from megatron_rl.drafting.online_drafter import CHECKPOINT_NAME, Drafting, frozen_policy
+from megatron_rl.generation.generator import Generator
+from megatron_rl.generation.precision_metrics import gap_metrics, warn_of_bias
 from megatron_rl.models.weights import export_hf
-from megatron_rl.precision import gap_metrics, warn_of_bias
-from megatron_rl.report import write_report
-from megatron_rl.start import begin
-from megatron_rl.trainer import Policy, Progress, Trainer
-from megatron_rl.weight_sync import WeightSync
-from rollout.fleet import RolloutFleet
-from rollout.ray_watch import RayWatch
-from rollout.records import Rollout
+from megatron_rl.observability.console import Console
+from megatron_rl.observability.metrics_logger import MetricsLogger
+from megatron_rl.observability.report import write_report
+from megatron_rl.preflight import begin
+from megatron_rl.trainer.batch import Batch
+from megatron_rl.trainer.best import best_folder, improvement, save_best
+from megatron_rl.trainer.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
+from megatron_rl.trainer.critic import Critic
+from megatron_rl.trainer.trainer import Policy, Progress, Trainer
+from megatron_rl.trainer.weight_sync import WeightSync
+from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.ray_watch import RayWatch
+from rollout.types import Rollout
 
 Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned

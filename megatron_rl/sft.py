@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from megatron_rl import device
-from megatron_rl.batch import Batch
-from megatron_rl.checkpoint import load_checkpoint, save_checkpoint
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.console import Console
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
-from megatron_rl.metrics import MetricsLogger
+from megatron_rl.distributed import device
+from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.models.weights import export_hf
-from megatron_rl.scratch import make_scratch_model
-from megatron_rl.start import begin
-from megatron_rl.trainer import Trainer, is_due
+from megatron_rl.observability.console import Console
+from megatron_rl.observability.metrics_logger import MetricsLogger
+from megatron_rl.preflight import begin
+from megatron_rl.trainer.batch import Batch
+from megatron_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.trainer.trainer import Trainer, is_due
 
 PROGRESS_EVERY = 25
 

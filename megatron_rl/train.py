@@ -5,14 +5,14 @@ Rank 0, the driver, also owns the fleet of engines, the data order, the rewards 
 
 import torch
 
-from megatron_rl import device
 from megatron_rl.algorithms import step_advantages
-from megatron_rl.batch import Batch, with_values
 from megatron_rl.config import Config
-from megatron_rl.config.evaluation import due_sets
+from megatron_rl.config.heldout_sets import due_sets
+from megatron_rl.distributed import device
+from megatron_rl.distributed.preemption import StopRequest
 from megatron_rl.experiment import Experiment
-from megatron_rl.preemption import StopRequest
-from megatron_rl.trainer import is_due
+from megatron_rl.trainer.batch import Batch, with_values
+from megatron_rl.trainer.trainer import is_due
 
 Metrics = dict[str, float]
 

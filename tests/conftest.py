@@ -7,7 +7,10 @@ import pytest
 # Threads of one test that wait for each other spin, and take the cores from the other tests. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONG = ("tests/training/test_train.py", "tests/training/", "tests/rollout/")
+LONG = (
+    "tests/runs/test_train.py",
+    *(f"tests/{room}/" for room in ("runs", "trainer", "models", "drafting", "generation", "cluster", "rollout")),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ def experiment_file(folder: Path, steps: int, **sections: dict[str, Any]) -> Pat
     config: dict[str, Any] = {
         "model": {"path": str(folder / "model"), "precision": "fp32"},
         "data": {"max_prompt_tokens": 32, "eval": [], "arithmetic": {"train_size": 64, "eval_size": 8}},
-        "reward": {"function": "tests.training.odd_reward:score"},  # which random responses differ in
+        "reward": {"function": "tests.runs.odd_reward:score"},  # which random responses differ in
         "algorithm": {"group_size": 4},
         "train": {"steps": steps, "prompts_per_step": 4, "tokens_per_microbatch": 128, "lr": 1e-3},
         "rollout": {"max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},

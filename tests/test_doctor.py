@@ -43,7 +43,7 @@ def test_a_probe_that_dies_is_reported_not_raised() -> None:
 
 
 def test_kernels_that_were_not_built_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    remedy = "ImportError: The native library rollout/_verify.so has not been built: run `make setup`"
+    remedy = "ImportError: The native library rollout/sampling/_verify.so has not been built: run `make setup`"
     monkeypatch.setattr(doctor, "probe", lambda program: (1, remedy))
     row = doctor.native_kernels()
     assert row.state == "problem" and "make setup" in row.meaning

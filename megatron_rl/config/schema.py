@@ -2,7 +2,7 @@
 
 The docstring under a field is what `megatron-rl config --explain KEY` prints. The sections `algorithm` and `rollout`
 have files of their own. Checks that need the model's own `config.json` (heads by TP, layers by PP) are in
-`megatron_rl.config.layout`.
+`megatron_rl.config.model_fit`.
 """
 
 from typing import Any, Literal
@@ -324,7 +324,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        from megatron_rl.config.layout import check_sections
+        from megatron_rl.config.model_fit import check_sections
 
         check_sections(self)
         return self

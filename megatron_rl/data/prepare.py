@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
-from megatron_rl.console import Console
-from megatron_rl.data.overlap import OverlapIndex
+from megatron_rl.data.decontamination import OverlapIndex
 from megatron_rl.data.public import EVALUATION, PROBLEM, TRAINING, Problem, read_problems, split_spec
+from megatron_rl.observability.console import Console
 
 
 @dataclass(frozen=True)

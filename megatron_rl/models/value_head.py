@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from megatron_rl.models.policy import compute_selected_rows_only
+from megatron_rl.models.gpt import compute_selected_rows_only
 
 
 class ValueHead(torch.nn.Module):

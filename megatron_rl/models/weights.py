@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.config import ConfigError
-from megatron_rl.model_folder import new_model_folder
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.mapping import Block, Parameter, Shard, hf_shapes, local_shape, shard_parameters
+from megatron_rl.models.hf_mapping import Block, Parameter, Shard, hf_shapes, local_shape, shard_parameters
+from megatron_rl.models.model_folder import new_model_folder
 
 EXPORT_SHARD_BYTES = 4 * 2**30
 # With Transformer Engine the norms before a linear layer are part of it.

@@ -17,14 +17,14 @@ from typing import Any
 from megatron_rl.config import ConfigError
 from megatron_rl.config.schema import Reward
 from megatron_rl.rewards.builtin import BUILTIN, INLINE, length_penalty
-from megatron_rl.rewards.worker import describe, evaluate
+from megatron_rl.rewards.scoring_process import describe, evaluate
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Importing a user's module may take long (torch, a reward model); it does not count as scoring time."""
 
-WORKER_CODE = "import sys; from megatron_rl.rewards.worker import main; main(sys.argv[1])"
+WORKER_CODE = "import sys; from megatron_rl.rewards.scoring_process import main; main(sys.argv[1])"
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def test_every_shipped_experiment_is_valid():
 
 def test_the_config_package_does_not_import_torch():
     code = (
-        "import sys, megatron_rl.config, megatron_rl.config.layout, megatron_rl.config.explain\n"
+        "import sys, megatron_rl.config, megatron_rl.config.model_fit, megatron_rl.config.explain\n"
         "sys.exit(bool({'torch', 'vllm', 'ray', 'transformers', 'megatron'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

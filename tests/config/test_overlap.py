@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_rl.config import Config
-from megatron_rl.precision import warn_of_bias
+from megatron_rl.generation.precision_metrics import warn_of_bias
 
 ASYNC, PARTIAL = {"async_steps": 1}, {"partial": True}
 

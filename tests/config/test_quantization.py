@@ -1,10 +1,10 @@
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.layout import check_layout
+from megatron_rl.config.model_fit import check_layout
 from megatron_rl.config.quantization import is_skipped, skip_patterns
 from megatron_rl.config.schema import Config
-from megatron_rl.device import check_device, engine_environment, on_gpu
+from megatron_rl.distributed.device import check_device, engine_environment, on_gpu
 
 HF = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -11,12 +11,12 @@ from rich.console import Console as Terminal
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.schema import Data
-from megatron_rl.console import Console
 from megatron_rl.data import load_prompts
-from megatron_rl.data.overlap import OverlapIndex, tokens
+from megatron_rl.data.decontamination import OverlapIndex, tokens
 from megatron_rl.data.prepare import deduplicate, overlaps_file, prepare
 from megatron_rl.data.public import Problem
-from megatron_rl.scratch import character_tokenizer
+from megatron_rl.models.scratch import character_tokenizer
+from megatron_rl.observability.console import Console
 
 LONG = "A train leaves the station at noon and travels at sixty miles per hour for exactly three hours"
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl.config import ConfigError
 from megatron_rl.config.schema import Arithmetic, Data
 from megatron_rl.data import load_prompts
-from megatron_rl.scratch import character_tokenizer
+from megatron_rl.models.scratch import character_tokenizer
 
 DATA = Data(max_prompt_tokens=40, arithmetic=Arithmetic(train_size=50, eval_size=20))
 

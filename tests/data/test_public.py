@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.evaluation import PUBLIC_SETS
+from megatron_rl.config.heldout_sets import PUBLIC_SETS
 from megatron_rl.config.schema import Data
 from megatron_rl.data import load_prompts
 from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, read_problems
 from megatron_rl.data.rows import read_rows
+from megatron_rl.models.scratch import character_tokenizer
 from megatron_rl.rewards.builtin import BUILTIN
-from megatron_rl.scratch import character_tokenizer
 
 EVALUATION_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "gsm8k": ({"question": "How many?", "answer": "3*24=<<3*24=72>>72\n#### 72"}, "How many?", "72"),

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drafter.head import EagleHead, HeadConfig
-from drafter.loss import LossOptions, draft_loss
-from drafter.packed import PackedFeatures, PolicyWeights
+from drafter.eagle.draft_loss import LossOptions, draft_loss
+from drafter.eagle.head import EagleHead, HeadConfig
+from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
 
 
 def small_config(kind: str = "eagle3", **overrides: Any) -> HeadConfig:

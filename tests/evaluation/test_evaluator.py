@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import Config
-from megatron_rl.console import Console
+from megatron_rl.evaluate import evaluate_sets, finish_set, publish
 from megatron_rl.evaluation.evaluator import Evaluator, load_set
 from megatron_rl.evaluation.results import ResultsFile
-from megatron_rl.evaluation.run import evaluate_sets, finish_set, publish
+from megatron_rl.models.scratch import character_tokenizer
+from megatron_rl.observability.console import Console
 from megatron_rl.rewards.score import Scorer
-from megatron_rl.scratch import character_tokenizer
-from rollout.records import Rollout, RolloutRequest
+from rollout.types import Rollout, RolloutRequest
 
 TOKENIZER = character_tokenizer(1024)
 Answer = Callable[[RolloutRequest], str]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout.verify import Verified, raise_for_status, verify_tokens, verify_tokens_reference
-from tests.rollout.verify_cases import Call, make_call, mixed_call, shapes_of_logits, single_rows
+from rollout.sampling.verify import Verified, raise_for_status, verify_tokens, verify_tokens_reference
+from tests.rollout.sampling.verify_cases import Call, make_call, mixed_call, shapes_of_logits, single_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -161,5 +161,5 @@ def test_a_function_that_cannot_be_used_is_a_config_error(user_module, function,
 
 
 def test_the_rewards_package_does_not_import_torch():
-    code = "import sys, megatron_rl.rewards.worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_rl.rewards.scoring_process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

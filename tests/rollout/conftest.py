@@ -8,7 +8,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollout.fleet import RolloutFleet
+from rollout.fleet.fleet import RolloutFleet
 from tests.rollout.helpers import VOCAB_LIMIT, make_config, make_environment, open_engines
 from tests.rollout.tiny_models import make_model
 

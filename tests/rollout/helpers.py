@@ -8,11 +8,11 @@ from typing import Any
 import ray
 
 from megatron_rl.config import Config
-from rollout.engine import EngineEnvironment, RolloutEngine, engine_arguments
-from rollout.fleet import RolloutFleet
-from rollout.local_ray import start_ray
-from rollout.ray_processes import engine_variables
-from rollout.records import RolloutRequest
+from rollout.engine.engine import EngineEnvironment, RolloutEngine, engine_arguments
+from rollout.fleet.engine_actor import engine_variables
+from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.local_ray import start_ray
+from rollout.types import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 
 VOCAB_LIMIT = len(char_tokenizer())

@@ -1,0 +1,1 @@
+"""Waits of the trainer, and how they are filled with slices of other work."""

@@ -1,0 +1,62 @@
+"""Keeps all trainer processes in step while the driver works with the fleet."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.watchdog import WAITING
+
+Result = TypeVar("Result")
+
+
+class Coordinator:
+    """`drive` runs work on the driver and gives its result to every rank.
+
+    While the driver generates, the other ranks wait here; the driver can call them to an action that needs all of them
+    (`call`), such as sending weights to an engine that was restarted.
+    """
+
+    def __init__(self, runtime: Runtime, enter_phase: Callable[[str], None] = lambda name: None) -> None:
+        """`enter_phase` is told on every rank when it begins to drive, or to wait for the driver."""
+        self._runtime, self._enter_phase = runtime, enter_phase
+        self._actions: dict[str, Callable[[], None]] = {}
+        self._driving = False
+        self.wait: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
+        """How the other ranks wait for the driver: returns what `operation`, which blocks, returns."""
+
+    def register(self, name: str, action: Callable[[], None]) -> None:
+        """Make `action` known as `name`; to be done on all ranks."""
+        self._actions[name] = action
+
+    def drive(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on the driver alone and return its (picklable) result on every rank."""
+        self._enter_phase("driving" if self._runtime.is_driver else WAITING)
+        if self._runtime.is_driver:
+            self._driving = True
+            result = work()
+            self._driving = False
+            self._exchange(("result", result))
+            return result
+        while True:
+            kind, payload = self.wait(lambda: self._exchange(None))
+            if kind == "result":
+                return payload  # type: ignore[no-any-return]
+            self._actions[payload]()
+
+    def call(self, action: str) -> None:
+        """From inside `work`: run the action on all ranks, this one included.
+
+        Raises:
+            RuntimeError: outside `drive`, when the other ranks are not listening.
+        """
+        if not self._driving:
+            raise RuntimeError(f"the trainer processes cannot {action} now; start the job again, it resumes.")
+        self._exchange(("call", action))
+        self._actions[action]()
+
+    def _exchange(self, message: Any) -> Any:
+        box = [message]
+        torch.distributed.broadcast_object_list(box, src=0, group=self._runtime.control_group)
+        return box[0]

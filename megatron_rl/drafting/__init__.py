@@ -1,0 +1,1 @@
+"""The drafter beside the trainer: features of the policy, idle time, warm-up and alarms."""

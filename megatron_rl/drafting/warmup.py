@@ -1,0 +1,231 @@
+"""`megatron-rl drafter warmup`: trains a head on rollouts of a policy that stands still, before a run begins."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drafter.eagle.draft_loss import LossOptions
+from drafter.eagle.head import EagleHead
+from drafter.eagle.head_files import save_head
+from drafter.eagle.packed_rows import PolicyWeights
+from drafter.eagle.vocabulary import DraftVocabulary, choose_vocabulary
+from drafter.training.feature_store import FeatureStore
+from drafter.training.head_trainer import DraftTrainer, OptimizerOptions
+from drafter.training.publication import LiveHead, score
+from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.model_fit import check_drafter
+from megatron_rl.distributed import device
+from megatron_rl.distributed.coordinator import Coordinator
+from megatron_rl.distributed.device import Runtime
+from megatron_rl.drafting.initial_head import initial_head
+from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
+from megatron_rl.generation.generator import Generator
+from megatron_rl.models import weights as policy_weights
+from megatron_rl.observability.console import Console
+from megatron_rl.preflight import Start, begin
+from megatron_rl.trainer.batch import Batch
+from megatron_rl.trainer.trainer import Policy, is_due
+from megatron_rl.trainer.weight_sync import WeightSync
+from rollout.fleet.fleet import RolloutFleet
+from rollout.types import Rollout
+
+ROLLOUTS_FILE = "warmup-rollouts.jsonl"
+
+
+@dataclass(frozen=True)
+class WarmupOptions:
+    """What the command line adds to the experiment."""
+
+    batches: int = 8
+    """Generated batches: each `train.prompts_per_step` prompts, `algorithm.group_size` samples of each."""
+    updates: int = 300
+    """Optimizer steps."""
+    slices: int = 4
+    """Packed rows of `drafter.tokens_per_slice` tokens per optimizer step and trainer process."""
+    score_every: int = 25
+    """Optimizer steps between scores."""
+    rollouts: Path | None = None
+    """Saved rollouts instead of generated ones: JSON lines with `prompt_ids` and `token_ids`."""
+    output: Path | None = None
+    """Folder for the head; None: `drafter` in the run's folder."""
+
+
+def run(config: Config, options: WarmupOptions) -> None:
+    """Train a head for the policy `model.path` and write the best one, by held-out score, in vLLM's format.
+
+    Raises:
+        ConfigError: when the config does not fit the machine, the model or the data, or the rollouts are of no use.
+    """
+    check_drafter(config)
+    runtime = device.initialize(config)
+    console = Console(runtime.is_driver)
+    start = begin(config, runtime)
+    policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
+    weights = policy_weights.PolicyWeights(policy.model, start.arch)
+    if options.rollouts is not None:
+        batch = read_rollouts(options.rollouts, start.vocab_limit)
+    else:
+        batch = _generate(config, runtime, start, weights, console, options.batches)
+    frozen = frozen_policy(weights, start.vocab_limit)
+    head = initial_head(config, frozen, _vocabulary(config, batch, start))
+    best = _train(policy, head, frozen, batch, console, options)
+    output = options.output or Path(config.run_dir) / "drafter"
+    if runtime.is_driver:
+        save_head(best, output)
+    console.info(f"the drafter is in {output}; use it with drafter.path={output}")
+    device.shutdown()
+
+
+def _train(
+    policy: Policy, head: EagleHead, frozen: PolicyWeights, batch: Batch, console: Console, options: WarmupOptions
+) -> EagleHead:
+    settings, temperature = policy.config.drafter, policy.config.rollout.temperature
+    store = FeatureStore(settings.memory_mb * 2**20, settings.tokens_per_slice, policy.config.train.seed)
+    supply = FeatureSupply(policy, head, store)
+    with supply.recording(batch, 1, tokens=_affordable_tokens(policy, head)):
+        policy.logprobs(batch)
+    trainer = DraftTrainer(
+        head, store, LossOptions(steps=settings.unroll), OptimizerOptions(lr=settings.lr, weight_decay=0.01)
+    )
+    trainer.policy = frozen
+    best, best_length = LiveHead(head), 0.0
+    for update in range(options.updates + 1):
+        loss = _update(trainer, options.slices) if update else float("nan")
+        if update and not is_due(update, options.score_every, options.updates):
+            continue
+        scored = score(head, store.held_out_rows(), frozen, settings.unroll, temperature)
+        if not scored.reached.any():
+            raise ConfigError(
+                "the rollouts hold no response of two tokens that could be held out to score the drafter; give more."
+            )
+        if scored.expected_length > best_length:
+            best.publish(head, update)
+            best_length = scored.expected_length
+        chances = " ".join(f"{chance:.2f}" for chance in scored.per_position.tolist())
+        console.info(
+            f"update {update}/{options.updates}  loss {f'{loss:.3f}' if update else '-'}  "
+            f"held-out length {scored.expected_length:.3f} of {settings.unroll + 1} (accepted {chances})"
+        )
+    return best.head
+
+
+def _update(trainer: DraftTrainer, slices: int) -> float:
+    for _ in range(slices):
+        if (piece := trainer.next(lambda size: True)) is not None:
+            piece.run()
+    return trainer.flush().loss
+
+
+def _affordable_tokens(policy: Policy, head: EagleHead) -> int:
+    """Tokens whose hidden states fill the stores of all ranks."""
+    depths = len(head.config.aux_layers) + 1
+    token_bytes = depths * head.config.hidden_size * policy.model.config.params_dtype.itemsize
+    return policy.config.drafter.memory_mb * 2**20 * policy.runtime.world_size // token_bytes
+
+
+def _vocabulary(config: Config, batch: Batch, start: Start) -> DraftVocabulary | None:
+    size = config.drafter.draft_vocab
+    if size is None or config.drafter.path is not None:
+        return None
+    tokens = torch.tensor([token for response in batch.responses for token in response])
+    counts = torch.bincount(tokens, minlength=start.arch.vocab_size)
+    end = start.tokenizer.eos_token_id
+    try:
+        return choose_vocabulary(counts, size, always=() if end is None else (end,))
+    except ValueError as error:
+        raise ConfigError(f"drafter.draft_vocab={size}: {error}") from None
+
+
+def _generate(
+    config: Config,
+    runtime: Runtime,
+    start: Start,
+    weights: policy_weights.PolicyWeights,
+    console: Console,
+    batches: int,
+) -> Batch:
+    """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
+    config = _plain(config)
+    coordinator = Coordinator(runtime)
+    environment = device.engine_environment(config, start.vocab_limit)
+    fleet, generator = None, None
+    if runtime.is_driver:
+        console.info(f"starting {config.rollout.engines} rollout engine(s)")
+        fleet = RolloutFleet(config, environment, config.model.path, on_restart=lambda engine: sync.restore(engine))
+        generator = Generator(config, start.tokenizer, fleet, console)
+    sync = WeightSync(config, runtime, weights, environment.weight_sync, fleet, coordinator)
+    sync.sync(0)
+    rollouts: list[Rollout] = []
+    try:
+        for step in range(1, batches + 1):
+
+            def generate(step: int = step) -> list[Rollout]:
+                assert generator is not None
+                return generator.training_rollouts(step).rollouts
+
+            rollouts += coordinator.drive(generate)
+    finally:
+        sync.shutdown()
+        if generator is not None and fleet is not None:
+            generator.close()
+            fleet.shutdown()
+    if runtime.is_driver:
+        file = Path(config.run_dir) / ROLLOUTS_FILE
+        _write_rollouts(rollouts, file)
+        console.info(f"{len(rollouts)} rollouts are in {file}")
+    return Batch([rollout.prompt_ids for rollout in rollouts], [rollout.token_ids for rollout in rollouts])
+
+
+def _plain(config: Config) -> Config:
+    """Without drafts, and with no other prompts than those of the steps."""
+    speculation = config.rollout.speculation.model_copy(update={"drafters": ["ngram"], "adaptive": "off"})
+    rollout = config.rollout.model_copy(update={"speculation": speculation})
+    algorithm = config.algorithm.model_copy(update={"dynamic_sampling": 0})
+    return config.model_copy(update={"rollout": rollout, "algorithm": algorithm})
+
+
+def _write_rollouts(rollouts: list[Rollout], file: Path) -> None:
+    lines = [
+        json.dumps({"prompt_ids": rollout.prompt_ids, "token_ids": rollout.token_ids}) + "\n" for rollout in rollouts
+    ]
+    file.write_text("".join(lines))
+
+
+def read_rollouts(file: Path, vocab_limit: int) -> Batch:
+    """Rollouts saved as JSON lines with `prompt_ids` and `token_ids`, lists of token ids below `vocab_limit`.
+
+    They should be samples of the policy at `rollout.temperature`, or scores mean little.
+
+    Raises:
+        ConfigError: naming the line that cannot be used.
+    """
+    if not file.is_file():
+        raise ConfigError(f"--rollouts {file} does not exist.")
+    prompts, responses = [], []
+    for number, line in _lines(file):
+        try:
+            record = json.loads(line)
+            prompt, response = record["prompt_ids"], record["token_ids"]
+            valid = all(0 <= token < vocab_limit for token in prompt + response) and prompt and response
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}:{number} is no rollout ({type(error).__name__}: {error}).") from None
+        if not valid:
+            raise ConfigError(
+                f"{file}:{number}: prompt_ids and token_ids have to be token ids below {vocab_limit}, those that the "
+                "tokenizer has, and neither may be empty."
+            )
+        prompts.append(prompt)
+        responses.append(response)
+    if not prompts:
+        raise ConfigError(f"{file} holds no rollouts.")
+    return Batch(prompts, responses)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line

@@ -1,0 +1,136 @@
+"""`megatron-rl eval`: a policy's accuracy on held-out sets, problem by problem, from where an earlier call stopped."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from megatron_rl.config import Config
+from megatron_rl.config.heldout_sets import set_name
+from megatron_rl.distributed import device
+from megatron_rl.distributed.coordinator import Coordinator
+from megatron_rl.evaluation.evaluation_settings import settings
+from megatron_rl.evaluation.evaluator import Evaluator, HeldoutSet, load_set
+from megatron_rl.evaluation.results import ProblemResult, ResultsFile, claim
+from megatron_rl.evaluation.statistics import Estimate, summarize
+from megatron_rl.models.weights import PolicyWeights
+from megatron_rl.observability.benchmark_results import environment
+from megatron_rl.observability.console import Console
+from megatron_rl.preflight import begin
+from megatron_rl.rewards.score import Scorer
+from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.weight_sync import WeightSync
+from rollout.fleet.fleet import RolloutFleet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUMMARY = "summary.json"
+STEP = 0  # seeds are those of an evaluation before training
+Summaries = dict[str, dict[str, Estimate]]
+"""Set -> measure -> estimate."""
+
+
+def run(config: Config) -> None:
+    """Evaluate the policy `model.path` on the sets of `data.eval`; results go to `run_dir`.
+
+    Raises:
+        ConfigError: when the config does not fit the machine, the model, the data or earlier results in `run_dir`.
+    """
+    runtime = device.initialize(config)
+    console = Console(runtime.is_driver)
+    if runtime.is_driver:
+        specs = {set_name(spec): spec for spec in config.data.eval}
+        claim(Path(config.run_dir), settings(config), specs)
+    start = begin(config, runtime)
+    policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
+    coordinator = Coordinator(runtime)
+    engine_environment = device.engine_environment(config, start.vocab_limit)
+    sets: list[HeldoutSet] = []
+    fleet = None
+    if runtime.is_driver:
+        sets = [load_set(spec, config, start.tokenizer) for spec in config.data.eval]
+        console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")
+        fleet = RolloutFleet(
+            config, engine_environment, config.model.path, on_restart=lambda engine: sync.restore(engine)
+        )
+    weights = PolicyWeights(policy.model, start.arch)
+    sync = WeightSync(config, runtime, weights, engine_environment.weight_sync, fleet, coordinator)
+    try:
+        sync.sync(STEP)
+
+        def evaluate() -> None:
+            assert fleet is not None
+            publish(evaluate_sets(config, start.tokenizer, sets, fleet, console), Path(config.run_dir))
+
+        coordinator.drive(evaluate)
+    finally:
+        sync.shutdown()
+        if fleet is not None:
+            fleet.shutdown()
+    device.shutdown()
+
+
+def evaluate_sets(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", sets: list[HeldoutSet], fleet: RolloutFleet, console: Console
+) -> Summaries:
+    """Finish the results of all sets, and sum them up. On the driver.
+
+    Raises:
+        ConfigError: when a reward or an earlier result cannot be used.
+    """
+    with Scorer(config.reward, config.rollout.max_tokens) as scorer:
+        evaluator = Evaluator(config, tokenizer, fleet, console, sets, scorer)
+        try:
+            return {each.name: summarize(finish_set(each, evaluator, Path(config.run_dir), console)) for each in sets}
+        finally:
+            evaluator.close()
+
+
+def finish_set(heldout: HeldoutSet, evaluator: Evaluator, folder: Path, console: Console) -> list[ProblemResult]:
+    """The results of all problems of a set, in its order: those in its file, and the others, which are added to it.
+
+    Raises:
+        ConfigError: when the file cannot be used.
+    """
+    file = ResultsFile(folder, heldout.name)
+    found = file.read()
+    done = {
+        prompt.prompt_id: found[prompt.prompt_id]
+        for prompt in heldout.prompts
+        if prompt.prompt_id in found
+        and (found[prompt.prompt_id].prompt, found[prompt.prompt_id].answer) == (prompt.text, prompt.answer)
+    }
+    if done:
+        console.info(f"{heldout.name}: {len(done)} of {len(heldout.prompts)} problems are done already")
+    file.write(list(done.values()))  # without what does not belong to the set, and a line that a crash cut off
+    missing = [prompt for prompt in heldout.prompts if prompt.prompt_id not in done]
+    for result in evaluator.results(heldout, STEP, missing) if missing else ():
+        file.append(result)
+        done[result.problem_id] = result
+    results = [done[prompt.prompt_id] for prompt in heldout.prompts]
+    file.write(results)
+    return results
+
+
+def publish(summaries: Summaries, folder: Path) -> None:
+    """Print a table, and write the summary beside the results."""
+    content = {
+        "sets": {
+            name: {measure: asdict(value) for measure, value in summary.items()} for name, summary in summaries.items()
+        },
+        "environment": environment(),
+    }
+    draft = (folder / SUMMARY).with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / SUMMARY)
+    table = Table("set", "measure", "value", "95 % interval", title="Accuracy")
+    for name, summary in summaries.items():
+        for measure, value in summary.items():
+            table.add_row(name, measure, f"{value.value:.1%}", f"{value.low:.1%} to {value.high:.1%}")
+    terminal = Terminal()
+    terminal.print(table)
+    terminal.print(f"results of every problem: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The driver's side of generation: prompts, groups, reuse of earlier responses, and metrics."""

@@ -1,0 +1,113 @@
+"""Dynamic sampling: prompts that teach nothing are replaced by further ones while the engines generate."""
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.rewards.score import Score
+from rollout.types import Rollout, RolloutRequest
+
+
+@dataclass
+class Group:
+    """The responses to one prompt of a step."""
+
+    prompt: Prompt
+    requests: list[RolloutRequest]
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    """Those that are finished, by their sample index."""
+    scores: list[Score] = field(default_factory=list)
+    """In the order of `requests`, when they are known."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the rewards differ; penalties do not count (DAPO compares right and wrong)."""
+        return len({score.value for score in self.scores}) > 1
+
+
+class DynamicSampling:
+    """Finds `wanted` prompts whose responses do not all have the same reward (DAPO, arXiv 2503.14476, equation 11).
+
+    Every prompt without a difference asks for one more, the next in the order of the data. So the prompts of a step are
+    always the first ones in this order among which `wanted` differ, whichever of them is ready first. Groups are scored
+    in a thread of their own, so that a slow reward keeps no engine waiting. Use it as a context manager.
+    """
+
+    def __init__(
+        self, wanted: int, limit: int, ask: Callable[[int], Group], score: Callable[[Group], list[Score]]
+    ) -> None:
+        """Args:
+        wanted: groups to find.
+        limit: most groups to ask for, >= `wanted`.
+        ask: the group with a number, counted from 0; called once for each, in their order.
+        score: scores of a finished group, in the order of its requests; called from one other thread.
+        """
+        self._wanted, self._limit, self._ask, self._score = wanted, limit, ask, score
+        self.groups = [ask(number) for number in range(wanted)]
+        """Asked for so far, in their order."""
+        self._unfinished = {visit(group.requests[0]): group for group in self.groups}
+        self._scoring: set[Future[Group]] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dynamic-sampling")
+
+    def __enter__(self) -> "DynamicSampling":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def add(self, rollout: Rollout) -> None:
+        """Take a finished response of one of the groups."""
+        group = self._unfinished[visit(rollout)]
+        group.rollouts[rollout.sample_index] = rollout
+        if len(group.rollouts) == len(group.requests):
+            del self._unfinished[visit(rollout)]
+            self._scoring.add(self._thread.submit(self._finish, group))
+
+    def _finish(self, group: Group) -> Group:
+        group.scores = self._score(group)
+        return group
+
+    def more(self, idle: bool) -> list[list[RolloutRequest]]:
+        """The requests of further groups, as `RolloutFleet.generate` asks for them.
+
+        With `idle` the engines have nothing left to do: it waits for scores until one asks for a group or all are in.
+        """
+        while True:
+            done, self._scoring = wait(self._scoring, None if idle else 0, FIRST_COMPLETED)
+            further = [group for scored in done if not scored.result().teaches for group in self._next()]
+            if further or not (idle and self._scoring):
+                return [group.requests for group in further]
+
+    def _next(self) -> list[Group]:
+        """The next group, or none at the limit."""
+        if len(self.groups) == self._limit:
+            return []
+        group = self._ask(len(self.groups))
+        self.groups.append(group)
+        self._unfinished[visit(group.requests[0])] = group
+        return [group]
+
+    def chosen(self) -> list[Group]:
+        """When all are scored: the `wanted` groups to learn from, in their order.
+
+        Where the limit left too few that differ, the first ones of the others fill the batch.
+        """
+        teaching = [number for number, group in enumerate(self.groups) if group.teaches]
+        others = [number for number, group in enumerate(self.groups) if not group.teaches]
+        numbers = teaching + others[: self._wanted - len(teaching)]
+        return [self.groups[number] for number in sorted(numbers)]
+
+    def metrics(self) -> dict[str, float]:
+        """When all are scored, by the names of `docs/metrics.md`."""
+        teaching = sum(group.teaches for group in self.groups)
+        return {
+            "sampling/prompts": float(len(self.groups)),
+            "sampling/dropped_share": 1 - teaching / len(self.groups),
+            "sampling/filled_prompts": float(self._wanted - teaching),
+        }
+
+
+def visit(item: RolloutRequest | Rollout) -> tuple[str, int]:
+    """What the responses of a group have in common: a step may visit a prompt in two epochs."""
+    return item.prompt_id, item.epoch

@@ -1,0 +1,120 @@
+"""What drafts gave in a step: metrics of the fleet's counts, and an alarm about a head that is hardly ever right."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from megatron_rl.config.rollout import Rollout as RolloutOptions
+from rollout.speculation.bandit import EAGLE
+from rollout.types import HISTORY, SUFFIX, Rollout, Source, SpeculationCounts
+
+log = logging.getLogger(__name__)
+Metrics = dict[str, float]
+
+
+def drafter_names(options: RolloutOptions) -> list[str]:
+    """The drafters that the section `rollout` asks for."""
+    drafters: list[str] = [*options.speculation.drafters] if options.speculation.adaptive != "off" else []
+    return drafters + ([HISTORY, SUFFIX] if options.history.mode != "off" else [])
+
+
+def speculation_metrics(
+    rollouts: Sequence[Rollout], counts: Sequence[SpeculationCounts], drafters: Sequence[str]
+) -> Metrics:
+    """`speculation/*`, `saved/*` and `drafter/live_*` of `docs/metrics.md`; nothing without counts.
+
+    Args:
+        rollouts: of the step.
+        counts: of the same step, one per engine.
+        drafters: those in use, see `drafter_names`.
+    """
+    if not counts:
+        return {}
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    from_drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
+    drafted = sum(count.drafted for count in counts)
+    seconds = sum(count.seconds for count in counts)
+    metrics = {
+        "speculation/draft_token_share": from_drafts / tokens,
+        "speculation/tokens_per_verification": sum(count.emitted for count in counts)
+        / max(sum(count.verifications for count in counts), 1),
+        "speculation/accepted_share": sum(count.accepted for count in counts) / max(drafted, 1),
+        "speculation/draft_time_share": sum(count.draft_seconds for count in counts) / max(seconds, 1e-9),
+    }
+    for drafter in drafters:
+        drafted = sum(count.drafted_by[drafter] for count in counts)
+        metrics[f"speculation/drafted/{drafter}"] = float(drafted)
+        if drafted:
+            accepted = sum(count.accepted_by[drafter] for count in counts)
+            metrics[f"speculation/accepted_share/{drafter}"] = accepted / drafted
+    chosen = sum((count.chosen for count in counts), start=Counter[tuple[int, str]]())
+    for (bucket, arm), steps in sorted(chosen.items()):
+        metrics[f"speculation/steps/batch_{bucket}/{arm}"] = float(steps)
+    metrics |= _savings(counts)
+    if HISTORY in drafters:
+        metrics["history/verify_seconds"] = sum(count.history_seconds for count in counts) / len(counts)
+    return metrics | (_live_metrics(counts) if EAGLE in drafters else {})
+
+
+def _savings(counts: Sequence[SpeculationCounts]) -> Metrics:
+    """Seconds that accepted tokens saved, mean over the engines."""
+    reuse = drafting = 0.0
+    for count in counts:
+        for drafter, seconds in count.saved_by.items():
+            if drafter in (HISTORY, SUFFIX):
+                reuse += seconds
+            else:
+                drafting += seconds
+    return {"saved/reuse_s": reuse / len(counts), "saved/drafting_s": drafting / len(counts)}
+
+
+def _live_metrics(counts: Sequence[SpeculationCounts]) -> Metrics:
+    """How the head's drafts fared; the steps of other drafters and plain ones say nothing about the head."""
+    tried = sum((count.tried_at for count in counts), start=Counter[int]())
+    accepted = sum((count.accepted_at for count in counts), start=Counter[int]())
+    metrics = {"drafter/live_drafts": float(tried[0])}
+    if tried[0]:
+        metrics["drafter/live_length"] = 1 + accepted.total() / tried[0]
+    for place in sorted(tried):
+        metrics[f"drafter/live_accepted_{place + 1}"] = accepted[place] / tried[place]
+    return metrics
+
+
+class LiveAlarm:
+    """Warns in the log while the engines accept hardly any draft of the head.
+
+    Where its drafts do not pay, the engines try only a few in a step, so drafts are collected over steps until there
+    are `ENOUGH` to judge by.
+    """
+
+    NEAR_ONE = 1.05
+    """Tokens per verification; 1 is what plain decoding gives."""
+    ENOUGH = 50
+    """Drafts."""
+    REPEAT = 10
+    """Steps after which a warning that still holds is repeated."""
+
+    def __init__(self) -> None:
+        self._drafts = self._accepted = 0.0
+        self._warned: int | None = None
+
+    def observe(self, step: int, metrics: Mapping[str, float], version: int) -> None:
+        """Judge the `drafter/live_*` of a step in which the head's `version` drafted."""
+        drafts = metrics.get("drafter/live_drafts", 0.0)
+        if drafts:
+            self._drafts += drafts
+            self._accepted += drafts * (metrics["drafter/live_length"] - 1)
+        if self._drafts < self.ENOUGH:
+            return
+        drafts, length = self._drafts, 1 + self._accepted / self._drafts
+        self._drafts = self._accepted = 0.0
+        if length >= self.NEAR_ONE:
+            self._warned = None
+        elif self._warned is None or step >= self._warned + self.REPEAT:
+            self._warned = step
+            log.warning(
+                f"step {step}: the engines emit only {length:.2f} tokens per verification of the drafter's drafts "
+                f"({drafts:.0f} drafts, version {version}): hardly one is accepted. Warm it up on this policy "
+                "(megatron-rl drafter warmup), train it more (drafter.min_slices, drafter.lr), or take eagle out of "
+                "rollout.speculation.drafters."
+            )

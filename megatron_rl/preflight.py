@@ -1,0 +1,85 @@
+"""How `train` and `sft` begin: the checks, and what their trainers are built from."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import Config, ConfigError, save_config
+from megatron_rl.config.model_fit import check_layout, read_hf_config
+from megatron_rl.distributed.device import Runtime
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.trainer.checkpoint import damaged_checkpoints, latest_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    arch: Architecture
+    vocab_limit: int
+    """Token ids from here on mean nothing to the tokenizer, and are excluded from every distribution."""
+    resumed: int
+    """Steps already done by an earlier run in `run_dir`."""
+
+
+def begin(config: Config, runtime: Runtime) -> Start:
+    """Check the experiment, save its resolved config (on the driver), and read the model folder.
+
+    Raises:
+        ConfigError: when the config does not fit the model, the number of processes or an earlier run.
+    """
+    check_layout(config, read_hf_config(config.model.path), runtime.world_size)
+    resumed = step_to_resume(config)
+    if runtime.is_driver:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        for folder, lost in damaged_checkpoints(config.run_dir).items():
+            log.warning(
+                "the checkpoint %s is damaged (%s) and is passed over: resuming after step %d", folder, lost, resumed
+            )
+        save_config(config, Path(config.run_dir) / "config.yaml")
+    tokenizer = load_tokenizer(config.model.path)
+    arch = Architecture.from_folder(config.model.path)
+    return Start(tokenizer, arch, min(len(tokenizer), arch.vocab_size), resumed)
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: when `path` has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
+
+
+def step_to_resume(config: Config) -> int:
+    """Steps already done by an earlier run in `run_dir`, by the newest checkpoint that is whole.
+
+    Raises:
+        ConfigError: with `checkpoint.resume=never` when there is a checkpoint; when all that there are are damaged.
+    """
+    step = latest_step(config.run_dir)
+    if step is None:
+        for folder, lost in damaged_checkpoints(config.run_dir).items():
+            raise ConfigError(
+                f"the checkpoint {folder} is damaged ({lost}), and there is none that is whole; remove it to start "
+                "from the beginning, or choose another run_dir."
+            )
+        return 0
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} holds a checkpoint of step {step} and checkpoint.resume=never; choose another "
+            "run_dir, remove it, or set checkpoint.resume=auto."
+        )
+    return step

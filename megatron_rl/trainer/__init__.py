@@ -1,0 +1,1 @@
+"""The policy's passes: batches, updates, the critic, weight sync and checkpoints."""

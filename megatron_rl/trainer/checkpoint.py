@@ -1,0 +1,276 @@
+"""Checkpoints: written atomically, the newest few kept, independent of the parallel layout.
+
+A checkpoint folder `run_dir/checkpoints/step_000020/` holds `megatron/` (megatron-core's dist_checkpointing: model,
+optimizer, and a small dict of plain values) beside the model's `config.json` and tokenizer, so that it is a model
+folder by itself; `driver/`, files of what the driver's parts want to keep; and `manifest`, the sizes of all these
+files. A checkpoint that does not match its manifest does not count, and is left alone.
+"""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+from megatron_rl.config import ConfigError
+from megatron_rl.megatron_patches import checkpointing
+from megatron_rl.models.manifest import damage, write_manifest
+from megatron_rl.models.model_folder import DRAFT, REPLACED, new_model_folder
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_rl.trainer.trainer import Trainer
+
+CRITIC = "critic"  # in checkpoints: its model and optimizer
+# The form of the optimizer state that loads into any other TP, PP or DP layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
+    return max(_steps(run_dir), default=None)
+
+
+def _steps(run_dir: str | Path) -> dict[int, Path]:
+    """Complete checkpoints by step; where a crash interrupted a replacement, the one that was to be replaced counts."""
+    named = sorted(_folders(run_dir), key=lambda path: path.suffix != REPLACED)
+    return {int(path.stem.removeprefix("step_")): path for path in named if damage(path) is None}
+
+
+def _folders(run_dir: str | Path) -> list[Path]:
+    return [path for path in Path(run_dir).glob("checkpoints/step_*") if path.suffix != DRAFT]
+
+
+def damaged_checkpoints(run_dir: str | Path) -> dict[Path, str]:
+    """The folders of checkpoints that have lost data since they were written, and what."""
+    found = {path: damage(path) for path in sorted(_folders(run_dir))}
+    return {path: lost for path, lost in found.items() if lost is not None}
+
+
+def save_checkpoint(
+    trainer: "Trainer",
+    run_dir: str | Path,
+    step: int,
+    keep: int,
+    driver: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+    critic: "Trainer | None" = None,
+) -> None:
+    """Save on all ranks. The folder gets its name only when it is complete.
+
+    Args:
+        trainer: model and optimizer.
+        run_dir: the run's folder.
+        step: RL steps done.
+        keep: newest checkpoints to keep; older ones are removed.
+        driver: plain values by name, which `load_driver_state` returns; those of rank 0 count.
+        tensors: values with tensors by name, which `load_tensors` returns; those of rank 0 count.
+        critic: the critic's model and optimizer.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    contents = _sharded_state(trainer, loading=False)
+    # Learning rate, data order and sampling seeds are functions of these numbers; nothing else carries over.
+    contents["state"] = {"step": step, "updates": trainer.updates}
+    if critic is not None:
+        contents[CRITIC] = _critic_state(critic, loading=False)
+        contents["state"]["critic_updates"] = critic.updates
+    write_model_folder(contents, trainer.config.model.path, folder, driver, tensors)
+    if trainer.runtime.is_driver:
+        remove_old_checkpoints(run_dir, keep)
+    torch.distributed.barrier()
+
+
+def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; what a crash left unfinished does not count as one."""
+    steps = _steps(run_dir)
+    for old in sorted(steps)[:-keep]:
+        shutil.rmtree(steps[old])
+
+
+def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, critic: "Trainer | None" = None) -> None:
+    """Restore model and optimizer, and the critic's, in place on all ranks; the layout may differ from the one saved.
+
+    Raises:
+        ConfigError: when the checkpoint cannot be read, has no critic although there is one to restore, or when the
+            state of a mixture's optimizer does not fit the layout.
+    """
+    folder = _steps(run_dir)[step]
+    if trainer.arch.experts:
+        _check_dealing(trainer, folder)
+    contents = _sharded_state(trainer, loading=True)
+    if critic is not None:
+        _check_critic(folder)
+        contents[CRITIC] = _critic_state(critic, loading=True)
+    contents = _load(contents, folder)
+    _restore(trainer, contents)
+    trainer.updates = contents["state"]["updates"]
+    if critic is not None:
+        _restore(critic, contents[CRITIC])
+        critic.updates = contents["state"]["critic_updates"]
+
+
+def load_driver_state(run_dir: str | Path, step: int, name: str) -> Any:
+    """What was saved under that name, or None when the checkpoint has nothing by it.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    file = _steps(run_dir)[step] / "driver" / f"{name}.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
+
+
+def load_tensors(run_dir: str | Path, step: int, name: str) -> Any:
+    """What was saved under that name, on the CPU, or None when the checkpoint has nothing by it.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    file = _steps(run_dir)[step] / "driver" / f"{name}.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
+
+
+def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
+    """Restore the weights alone from a checkpoint or converted folder, on all ranks.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    contents = _load({"model": model.sharded_state_dict()}, Path(folder))
+    model.load_state_dict(contents["model"])
+
+
+def has_megatron_weights(folder: str | Path) -> bool:
+    """Whether `folder` holds weights in Megatron's format."""
+    return (Path(folder) / "megatron" / "metadata.json").is_file()
+
+
+def write_model_folder(
+    contents: dict[str, Any],
+    template: str | Path,
+    folder: Path,
+    driver: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`.
+
+    Rank 0's `driver` values go to `folder/driver/<name>.json`, its `tensors` to `folder/driver/<name>.pt`.
+    """
+    checkpointing.install()
+    with new_model_folder(folder, template) as draft:
+        (draft / "megatron").mkdir(exist_ok=True)
+        dist_checkpointing.save(contents, str(draft / "megatron"))
+        if (driver or tensors) and torch.distributed.get_rank() == 0:
+            (draft / "driver").mkdir()
+            for name, value in (driver or {}).items():
+                (draft / "driver" / f"{name}.json").write_text(json.dumps(value))
+            for name, value in (tensors or {}).items():
+                torch.save(value, draft / "driver" / f"{name}.pt")
+        if torch.distributed.get_rank() == 0:
+            write_manifest(draft)
+
+
+def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+    _allocate_adam_state(trainer)
+    if not loading:
+        _count_padding_between_parameters(trainer)
+    model = trainer.model.sharded_state_dict()
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER_FORMAT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _critic_state(critic: "Trainer", loading: bool) -> dict[str, Any]:
+    """The same under names of its own, which the two models otherwise share."""
+    state = _sharded_state(critic, loading)
+    add_prefix_for_sharding(state, f"{CRITIC}.")
+    return state
+
+
+def _restore(trainer: "Trainer", contents: dict[str, Any]) -> None:
+    trainer.model.load_state_dict(contents["model"])
+    trainer.optimizer.load_state_dict(contents["optimizer"])
+    _unshare_steps(trainer)
+
+
+def _check_critic(folder: Path) -> None:
+    state = _load({}, folder)["state"]
+    if "critic_updates" not in state:
+        raise ConfigError(
+            f"the checkpoint {folder} has no critic, which algorithm.name needs; choose another run_dir, and that "
+            "folder as model.path to start from its weights."
+        )
+
+
+def _count_padding_between_parameters(trainer: "Trainer") -> None:
+    """Make megatron-core save the ends of its buffers.
+
+    It aligns parameters within a buffer but leaves that padding out of `numel_unpadded`, where saving cuts the buffer
+    off: the last parameters would come back as zeros.
+    """
+    for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:
+    inner = [optimizer.optimizer for optimizer in trainer.optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _allocate_adam_state(trainer: "Trainer") -> None:
+    """Adam has no state before its first step, and megatron-core can only save and load state that is there."""
+    for optimizer in trainer.optimizer.chained_optimizers:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for adam in _torch_adams(trainer):
+        for state in adam.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _unshare_steps(trainer: "Trainer") -> None:
+    """megatron-core gives all parameters one `step` tensor, which Adam would then count up once per parameter."""
+    for adam in _torch_adams(trainer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _check_dealing(trainer: "Trainer", folder: Path) -> None:
+    """megatron-core has an optimizer of their own for experts that are dealt to ranks, and none for others."""
+    names = _read(folder, dist_checkpointing.load_tensors_metadata)
+    were_dealt = any(name.startswith("chained_1.") for name in names)
+    if were_dealt != (len(trainer.optimizer.chained_optimizers) > 1):
+        saved, needed = ("more than 1", "1") if were_dealt else ("1", "more than 1")
+        raise ConfigError(
+            f"the checkpoint {folder} was saved with parallel.ep_size {saved}, and its optimizer cannot go on with "
+            f"{needed}; set parallel.ep_size as it was, or start a new run with model.path={folder}."
+        )
+
+
+def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
+    checkpointing.install()
+    return _read(folder, lambda path: dist_checkpointing.load(contents, path))
+
+
+def _read(folder: Path, how: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return how(str(folder / "megatron"))
+    except Exception as error:
+        raise ConfigError(
+            f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one."
+        ) from error

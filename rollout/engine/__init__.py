@@ -1,0 +1,1 @@
+"""One vLLM engine, and what is changed in vLLM."""

@@ -1,0 +1,1 @@
+"""Engines with int8 and fp8 weights."""

@@ -1,0 +1,1 @@
+"""Coupled sampling and the verification of drafts."""

@@ -1,0 +1,1 @@
+"""Drafts in the engine, and the choice of how many."""
