@@ -10,7 +10,8 @@ from typing import Any
 from megatron_rl.config import Config
 from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.engine_environment import engine_environment
+from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.preflight import load_tokenizer
@@ -34,7 +35,7 @@ class Bench:
         """Take everything down."""
         self.weight_sync.shutdown()
         self.fleet.shutdown()
-        device.shutdown()
+        shutdown()
 
 
 def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
@@ -52,11 +53,11 @@ def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
     for name, value in device.process_environment(config, 1).items():
         os.environ.setdefault(name, value)
     make_scratch_model(config.model.path, config.model.scratch)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(config.model.path)
     vocab_limit = min(len(load_tokenizer(config.model.path)), arch.vocab_size)
     trainer = Trainer(config, runtime, arch, vocab_limit, config.rollout.temperature)
-    environment = device.engine_environment(config, vocab_limit)
+    environment = engine_environment(config, vocab_limit)
     fleet = RolloutFleet(config, environment, config.model.path, lambda engine: None)
     sync = WeightSync(config, runtime, trainer.weights, environment.weight_sync, fleet, Coordinator(runtime))
     return Bench(config, runtime, trainer, fleet, sync)

@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from _common import finish, parse_arguments
 from drafter.idle_time.pipeline_bubbles import BubbleCommunicator
 from drafter.idle_time.slices import Fits, SliceRunner
-from megatron_rl.distributed import device
+from megatron_rl.drafting.wait_fill import idle_fill
 from megatron_rl.megatron_patches import cpu_backend
 
 HIDDEN, TOKENS, MICROBATCHES, LAYERS = 256, 128, 4, 8
@@ -163,7 +163,7 @@ def run_rank(rank: int, case: Case, store: str, results: Any) -> None:
     """Measure in one rank; the first one puts (step seconds, stats of all ranks) of both kinds of step to `results`."""
     config = join(rank, case.stages, store)
     stage = Stage(config, case.timed)
-    fill = device.idle_fill(SliceRunner(DrafterLayer(case.timed)))
+    fill = idle_fill(SliceRunner(DrafterLayer(case.timed)))
     communicator = BubbleCommunicator(parallel_state.get_pipeline_model_parallel_group(), config, fill)
     config.finalize_model_grads_func = communicator.flushing(lambda *arguments, **options: None)
     data = [torch.randn(TOKENS, 1, HIDDEN) for _ in range(MICROBATCHES)]

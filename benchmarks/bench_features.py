@@ -21,13 +21,13 @@ from drafter.eagle.head import EagleHead, HeadConfig
 from drafter.training.feature_store import FeatureStore
 from megatron_rl.config import Config
 from megatron_rl.config.model_fit import read_hf_config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.policy import Policy
 
 MODELS = {
     "2.4 M": {"hidden_size": 192, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32, "ffn_hidden_size": 512},
@@ -98,13 +98,13 @@ def main() -> None:
     for name, scratch in MODELS.items():
         folder = Path(tempfile.mkdtemp(prefix="megatron-rl-bench-"))
         config = experiment(folder, scratch)
-        runtime = runtime or device.initialize(config)
+        runtime = runtime or initialize(config)
         arch = Architecture.from_folder(config.model.path)
         policy = Policy(config, runtime, arch, arch.vocab_size, 1.0)
         batch = responses(64 if arguments.quick else 192)
         tokens = sum(batch.sequence_length(index) for index in range(len(batch.prompts)))
         rows.append({"model": name, "tokens": tokens, **compare(policy, batch, 3 if arguments.quick else 7)})
-    device.shutdown()
+    shutdown()
     finish(arguments, {"tapped_vs_plain": float(rows[-1]["tapped / plain"])}, rows)
 
 

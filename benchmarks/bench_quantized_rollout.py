@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 from _common import finish, measure, parse_arguments
 from _model import requests
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_mapping import hf_shapes
 from megatron_rl.models.scratch import make_scratch_model
@@ -86,7 +86,7 @@ class Engines:
             if not self.fleets:
                 make_scratch_model(config.model.path, config.model.scratch)
                 arch = Architecture.from_folder(config.model.path)
-            environment = device.engine_environment(config, arch.vocab_size)
+            environment = engine_environment(config, arch.vocab_size)
             self.fleets[name] = RolloutFleet(config, environment, config.model.path, lambda engine: None, wait=False)
         source = RandomWeights(arch)
         for fleet in self.fleets.values():

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout, read_hf_config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.megatron_folder import has_megatron_weights, write_model_folder
 from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
-from megatron_rl.trainer.checkpoint import has_megatron_weights, write_model_folder
-from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.policy import Policy
 
 
 def hf_to_megatron(model: str, output: str) -> None:
@@ -23,7 +23,7 @@ def hf_to_megatron(model: str, output: str) -> None:
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
     policy = _load(model, output)
     write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
-    device.shutdown()
+    shutdown()
 
 
 def megatron_to_hf(checkpoint: str, output: str) -> None:
@@ -40,7 +40,7 @@ def megatron_to_hf(checkpoint: str, output: str) -> None:
         )
     policy = _load(checkpoint, output)
     export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output))
-    device.shutdown()
+    shutdown()
 
 
 def _load(model: str, output: str) -> Policy:
@@ -57,6 +57,6 @@ def _load(model: str, output: str) -> Policy:
         }
     )
     check_layout(config, hf)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(model)
     return Policy(config, runtime, arch, arch.vocab_size, temperature=1.0)

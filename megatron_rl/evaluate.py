@@ -10,8 +10,9 @@ from rich.table import Table
 
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
-from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
+from megatron_rl.distributed.engine_environment import engine_environment
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.evaluation.evaluation_settings import settings
 from megatron_rl.evaluation.evaluator import Evaluator, HeldoutSet, load_set
 from megatron_rl.evaluation.results import ProblemResult, ResultsFile, claim
@@ -21,7 +22,7 @@ from megatron_rl.observability.benchmark_results import environment
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import begin
 from megatron_rl.rewards.score import Scorer
-from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.policy import Policy
 from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
 
@@ -40,7 +41,7 @@ def run(config: Config) -> None:
     Raises:
         ConfigError: when the config does not fit the machine, the model, the data or earlier results in `run_dir`.
     """
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     console = Console(runtime.is_driver)
     if runtime.is_driver:
         specs = {set_name(spec): spec for spec in config.data.eval}
@@ -48,17 +49,15 @@ def run(config: Config) -> None:
     start = begin(config, runtime)
     policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
     coordinator = Coordinator(runtime)
-    engine_environment = device.engine_environment(config, start.vocab_limit)
+    environment = engine_environment(config, start.vocab_limit)
     sets: list[HeldoutSet] = []
     fleet = None
     if runtime.is_driver:
         sets = [load_set(spec, config, start.tokenizer) for spec in config.data.eval]
         console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")
-        fleet = RolloutFleet(
-            config, engine_environment, config.model.path, on_restart=lambda engine: sync.restore(engine)
-        )
+        fleet = RolloutFleet(config, environment, config.model.path, on_restart=lambda engine: sync.restore(engine))
     weights = PolicyWeights(policy.model, start.arch)
-    sync = WeightSync(config, runtime, weights, engine_environment.weight_sync, fleet, coordinator)
+    sync = WeightSync(config, runtime, weights, environment.weight_sync, fleet, coordinator)
     try:
         sync.sync(STEP)
 
@@ -71,7 +70,7 @@ def run(config: Config) -> None:
         sync.shutdown()
         if fleet is not None:
             fleet.shutdown()
-    device.shutdown()
+    shutdown()
 
 
 def evaluate_sets(

@@ -11,10 +11,11 @@ from drafter.eagle.head_files import save_head
 from megatron_rl.algorithms import load_algorithm, mismatch_metrics, needs_critic
 from megatron_rl.algorithms.step import reward_kl
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
-from megatron_rl.distributed.watchdog import Pulse, leave, shared_store
+from megatron_rl.distributed.device import shared_store
+from megatron_rl.distributed.engine_environment import engine_environment
+from megatron_rl.distributed.runtime import Runtime
+from megatron_rl.distributed.watchdog import Pulse, leave
 from megatron_rl.drafting.initial_head import folder_for_engines, initial_head
 from megatron_rl.drafting.online_drafter import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation.generator import Generator
@@ -28,7 +29,8 @@ from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.best import best_folder, improvement, save_best
 from megatron_rl.trainer.checkpoint import load_checkpoint, load_driver_state, load_tensors, save_checkpoint
 from megatron_rl.trainer.critic import Critic
-from megatron_rl.trainer.trainer import Policy, Progress, Trainer
+from megatron_rl.trainer.policy import Policy, Progress
+from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.ray_watch import RayWatch
@@ -82,7 +84,7 @@ class Experiment:
         self.console = Console(runtime.is_driver, on_progress=self.pulse.beat)
         self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
-        environment = device.engine_environment(config, start.vocab_limit)
+        environment = engine_environment(config, start.vocab_limit)
         self.coordinator = Coordinator(runtime, self.pulse.enter)
         self.weight_sync: WeightSync
         self.fleet: RolloutFleet | None = None

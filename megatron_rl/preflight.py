@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, ConfigError, save_config
 from megatron_rl.config.model_fit import check_layout, read_hf_config
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.checkpoint import damaged_checkpoints, latest_step
 

@@ -9,7 +9,7 @@ import torch
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.models.weights import export_hf
 from megatron_rl.observability.console import Console
@@ -17,7 +17,8 @@ from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.preflight import begin
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rl.trainer.trainer import Trainer, is_due
+from megatron_rl.trainer.schedule import is_due
+from megatron_rl.trainer.trainer import Trainer
 
 PROGRESS_EVERY = 25
 
@@ -28,7 +29,7 @@ def run(config: Config) -> None:
     Raises:
         ConfigError: when the config does not fit the machine, the model or the data.
     """
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     folder = Path(config.model.path)
     if runtime.is_driver and config.model.scratch is not None and not (folder / "config.json").exists():
         make_scratch_model(folder, config.model.scratch)
@@ -47,7 +48,7 @@ def run(config: Config) -> None:
         load_checkpoint(trainer, config.run_dir, start.resumed)
     _loop(trainer, prompts, responses, start.resumed)
     export_hf(trainer.weights, config.model.path, Path(config.run_dir) / "hf")
-    device.shutdown()
+    shutdown()
 
 
 def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int) -> None:

@@ -7,12 +7,11 @@ import torch
 
 from megatron_rl.algorithms import step_advantages
 from megatron_rl.config import Config
-from megatron_rl.config.heldout_sets import due_sets
-from megatron_rl.distributed import device
 from megatron_rl.distributed.preemption import StopRequest
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.experiment import Experiment
 from megatron_rl.trainer.batch import Batch, with_values
-from megatron_rl.trainer.trainer import is_due
+from megatron_rl.trainer.schedule import is_due
 
 Metrics = dict[str, float]
 
@@ -25,7 +24,7 @@ def run(config: Config) -> None:
     Raises:
         ConfigError: when the config does not fit the machine, the model, the data or an earlier run.
     """
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     experiment = Experiment(config, runtime)
     with experiment:
         stop = StopRequest(runtime)
@@ -35,7 +34,7 @@ def run(config: Config) -> None:
             experiment.keep_best(0, metrics)
         for step in range(experiment.first_step, config.train.steps + 1):
             metrics = train_step(experiment, step)
-            evaluated = bool(due_sets(config, step))
+            evaluated = bool(config.due_sets(step))
             if evaluated:
                 metrics |= evaluate(experiment, step)
             experiment.log(step, metrics)
@@ -50,7 +49,7 @@ def run(config: Config) -> None:
         else:
             experiment.finish()
         stop.close()
-    device.shutdown()
+    shutdown()
 
 
 def train_step(experiment: Experiment, step: int) -> Metrics:

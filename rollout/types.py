@@ -51,9 +51,7 @@ class RolloutRequest:
     ignore_eos: bool = False  # go on to max_tokens: for benchmarks of a given length
     begun: list[int] = field(default_factory=list)  # tokens of the response that were sampled elsewhere or earlier
     past: Past | None = None  # what to draft from; with the same seed, or a lenience, it is expected to come again
-    lenience: float | None = (
-        None  # keep `past` by the lenient rule, up to its first rejection
-    )
+    lenience: float | None = None  # keep `past` by the lenient rule, up to its first rejection
 
 
 @dataclass(frozen=True)

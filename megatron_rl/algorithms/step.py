@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm
-from megatron_rl.algorithms.kl import kl_estimate
+from megatron_rl.algorithms.loss import kl_estimate
 from megatron_rl.algorithms.ppo import final_rewards
 from megatron_rl.config.algorithm import Kl
 

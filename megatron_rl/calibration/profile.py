@@ -14,10 +14,10 @@ from megatron_rl.calibration.smoothquant import Settings, from_checkpoint, layer
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
-from megatron_rl.drafting.warmup import read_rollouts
 from megatron_rl.models.weights import has_hf_weights, tensor_files
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import load_tokenizer
+from megatron_rl.trainer.rollouts_file import read_rollouts
 
 ROWS = 256  # inputs per layer on which errors are measured
 PLAIN = Settings(None, 1.0, None)

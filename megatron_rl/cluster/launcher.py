@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout, read_hf_config
-from megatron_rl.config.schema import ScratchModel
+from megatron_rl.config.sections import ScratchModel
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -106,6 +106,13 @@ class Rollout(Section):
         entries = [self.quantization] if isinstance(self.quantization, str) else self.quantization
         return [entries[engine % len(entries)] for engine in range(self.engines)]
 
+    @property
+    def overlap_setting(self) -> str | None:
+        """The setting by which a response may have tokens of several policies, as `key=value`; None: there is none."""
+        if self.async_steps:
+            return f"rollout.async_steps={self.async_steps}"
+        return "rollout.partial=true" if self.partial else None
+
     @field_validator("quantization", mode="before")
     @classmethod
     def _only_known_precisions(cls, value: Any) -> Any:

@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import Arithmetic
+from megatron_rl.config.sections import Arithmetic
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import Data
+from megatron_rl.config.sections import Data
 from megatron_rl.data.arithmetic import arithmetic_problems
 from megatron_rl.data.public import EVALUATION, PROBLEM, read_problems, split_spec
 from megatron_rl.data.rows import Row, read_rows, warn_broken

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.distributed.watchdog import WAITING
 
 Result = TypeVar("Result")

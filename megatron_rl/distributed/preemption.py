@@ -5,7 +5,7 @@ from types import FrameType
 
 import torch
 
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 
 
 class StopRequest:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-import torch
 from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -154,11 +153,6 @@ class Pulse:
                 self._heard[rank] = (text, now)
         reports = {rank: Report(**json.loads(text)[1]) for rank, (text, _) in self._heard.items()}
         return verdict(reports, {rank: now - came for rank, (_, came) in self._heard.items()}, self._timeout_s)
-
-
-def shared_store() -> Store:
-    """Where the processes of the process group meet, by a connection of its own: a call that waits delays no other."""
-    return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def leave(sentence: str) -> None:

@@ -16,7 +16,7 @@ import ray
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import read_hf_config
 from megatron_rl.data.prompts import Prompt, load_prompts
-from megatron_rl.distributed import device
+from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.observability.benchmark_results import publish
 from megatron_rl.preflight import load_tokenizer
 from rollout.engine.engine import TimedGeneration
@@ -47,7 +47,7 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
     """
     vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # type: ignore[call-overload]
     vocab_limit = min(len(load_tokenizer(config.model.path)), vocab_size)
-    environment = device.engine_environment(config, vocab_limit)
+    environment = engine_environment(config, vocab_limit)
     environment = dataclasses.replace(
         environment,
         env=environment.env | {"MEGATRON_RL_PROFILE": "1"},

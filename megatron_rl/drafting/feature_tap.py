@@ -24,7 +24,7 @@ from torch import Tensor
 
 from drafter.eagle.packed_rows import PackedFeatures
 from megatron_rl.trainer.batch import Batch, Microbatch
-from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.policy import Policy
 
 FINAL = -1
 """The depth after the final norm, beside the numbers of `HeadConfig.aux_layers`."""

@@ -27,16 +27,17 @@ from drafter.training.feature_store import FeatureStore
 from drafter.training.head_trainer import DraftTrainer, Flush, OptimizerOptions
 from drafter.training.publication import Decision, LiveHead, decide, score
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
+from megatron_rl.drafting.alarm import LiveAlarm
 from megatron_rl.drafting.feature_tap import FeatureTap, plan_windows
 from megatron_rl.drafting.step_timeline import StepTimeline
 from megatron_rl.drafting.tail_filler import TailFiller
-from megatron_rl.generation.speculation_metrics import LiveAlarm
+from megatron_rl.drafting.wait_fill import idle_fill
 from megatron_rl.models import weights as policy_weights
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.trainer import Policy, Trainer
+from megatron_rl.trainer.policy import Policy
+from megatron_rl.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
     from rollout.fleet.fleet import RolloutFleet
@@ -103,7 +104,7 @@ class Drafting:
         self.guard = FillGuard()
         self._alarm = LiveAlarm()
         self._supply = FeatureSupply(policy, head, self.store) if settings.trains else None
-        fill = device.idle_fill(self._runner)
+        fill = idle_fill(self._runner)
         self._bubbles = None
         if "bubbles" in settings.fill and config.parallel.pp_size > 1:
             self._bubbles = policy.fill_bubbles(fill)

@@ -1,7 +1,5 @@
 """`megatron-rl drafter warmup`: trains a head on rollouts of a policy that stands still, before a run begins."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +14,10 @@ from drafter.training.feature_store import FeatureStore
 from drafter.training.head_trainer import DraftTrainer, OptimizerOptions
 from drafter.training.publication import LiveHead, score
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.model_fit import check_drafter
-from megatron_rl.distributed import device
+from megatron_rl.config.cross_checks import check_drafter
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.engine_environment import engine_environment
+from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
 from megatron_rl.generation.generator import Generator
@@ -27,12 +25,12 @@ from megatron_rl.models import weights as policy_weights
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import Start, begin
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.trainer import Policy, is_due
+from megatron_rl.trainer.policy import Policy
+from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, _write_rollouts, read_rollouts
+from megatron_rl.trainer.schedule import is_due
 from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
 from rollout.types import Rollout
-
-ROLLOUTS_FILE = "warmup-rollouts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ def run(config: Config, options: WarmupOptions) -> None:
     Raises:
         ConfigError: when the config does not fit the machine, the model or the data, or the rollouts are of no use.
     """
-    check_drafter(config)
-    runtime = device.initialize(config)
+    check_drafter(config.parallel)
+    runtime = initialize(config)
     console = Console(runtime.is_driver)
     start = begin(config, runtime)
     policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
@@ -76,7 +74,7 @@ def run(config: Config, options: WarmupOptions) -> None:
     if runtime.is_driver:
         save_head(best, output)
     console.info(f"the drafter is in {output}; use it with drafter.path={output}")
-    device.shutdown()
+    shutdown()
 
 
 def _train(
@@ -150,7 +148,7 @@ def _generate(
     """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
     config = _plain(config)
     coordinator = Coordinator(runtime)
-    environment = device.engine_environment(config, start.vocab_limit)
+    environment = engine_environment(config, start.vocab_limit)
     fleet, generator = None, None
     if runtime.is_driver:
         console.info(f"starting {config.rollout.engines} rollout engine(s)")
@@ -185,47 +183,3 @@ def _plain(config: Config) -> Config:
     rollout = config.rollout.model_copy(update={"speculation": speculation})
     algorithm = config.algorithm.model_copy(update={"dynamic_sampling": 0})
     return config.model_copy(update={"rollout": rollout, "algorithm": algorithm})
-
-
-def _write_rollouts(rollouts: list[Rollout], file: Path) -> None:
-    lines = [
-        json.dumps({"prompt_ids": rollout.prompt_ids, "token_ids": rollout.token_ids}) + "\n" for rollout in rollouts
-    ]
-    file.write_text("".join(lines))
-
-
-def read_rollouts(file: Path, vocab_limit: int) -> Batch:
-    """Rollouts saved as JSON lines with `prompt_ids` and `token_ids`, lists of token ids below `vocab_limit`.
-
-    They should be samples of the policy at `rollout.temperature`, or scores mean little.
-
-    Raises:
-        ConfigError: naming the line that cannot be used.
-    """
-    if not file.is_file():
-        raise ConfigError(f"--rollouts {file} does not exist.")
-    prompts, responses = [], []
-    for number, line in _lines(file):
-        try:
-            record = json.loads(line)
-            prompt, response = record["prompt_ids"], record["token_ids"]
-            valid = all(0 <= token < vocab_limit for token in prompt + response) and prompt and response
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}:{number} is no rollout ({type(error).__name__}: {error}).") from None
-        if not valid:
-            raise ConfigError(
-                f"{file}:{number}: prompt_ids and token_ids have to be token ids below {vocab_limit}, those that the "
-                "tokenizer has, and neither may be empty."
-            )
-        prompts.append(prompt)
-        responses.append(response)
-    if not prompts:
-        raise ConfigError(f"{file} holds no rollouts.")
-    return Batch(prompts, responses)
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line

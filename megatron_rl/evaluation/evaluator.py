@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
-from megatron_rl.config.schema import Reward
+from megatron_rl.config.sections import Reward
 from megatron_rl.data.order import evaluation_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.data.public import EVALUATION
 from megatron_rl.evaluation.results import Outcome, ProblemResult
-from megatron_rl.observability.console import Console
-from megatron_rl.observability.streaming import shown
+from megatron_rl.observability.console import Console, shown
 from megatron_rl.rewards.answers import final_answer
 from megatron_rl.rewards.score import ScoreItem, Scorer
 from rollout.fleet.fleet import RolloutFleet

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_rl.config import Config
-from megatron_rl.generation.dynamic_sampling import Group
+from megatron_rl.generation.groups import Group
 from megatron_rl.generation.prompt_pool import Pool, staleness_metrics
 from megatron_rl.observability.console import Console
 from rollout.fleet.fleet import RolloutFleet

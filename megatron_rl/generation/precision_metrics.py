@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_rl.algorithms import TokenCorrection, mismatch_metrics
 from megatron_rl.config import Config
-from megatron_rl.config.overlap import asking
 from megatron_rl.config.rollout import Rollout as RolloutOptions
 from rollout.fleet.mixed_precision import PrecisionCounts
 from rollout.types import Rollout
@@ -22,7 +21,7 @@ def warn_of_bias(config: Config) -> None:
     """A line in the log when engines sample from another distribution than the trainer's and nothing corrects it."""
     if config.algorithm.correction.kind != "none":
         return
-    if setting := asking(config.rollout):
+    if setting := config.rollout.overlap_setting:
         log.warning(
             f"{setting} with algorithm.correction.kind=none: older policies have sampled the tokens and nothing "
             "corrects it; set algorithm.correction.kind=tis, or watch staleness/mean and correction/kl."

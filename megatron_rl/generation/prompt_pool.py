@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.generation.dynamic_sampling import Group, visit
-from rollout.fleet.mixed_precision import RequestKey, go_on, join, key_of
+from megatron_rl.generation.groups import Group, visit
+from rollout.fleet.requests import RequestKey, go_on, join, key_of
 from rollout.types import Rollout, RolloutRequest, Source
 
 Metrics = dict[str, float]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from megatron_rl.config.experts import MIXTURE, expert_count
+from megatron_rl.config.model_fit import MIXTURE, expert_count
 
 
 @dataclass(frozen=True)

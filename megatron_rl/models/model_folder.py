@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rl.distributed.watchdog import shared_store
+from megatron_rl.distributed.device import shared_store
 
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
 DRAFT, REPLACED = ".tmp", ".old"

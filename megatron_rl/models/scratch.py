@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import ScratchModel
+from megatron_rl.config.sections import ScratchModel
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PRINTABLE = "\n " + string.digits + string.ascii_letters + string.punctuation

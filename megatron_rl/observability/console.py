@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rollout.types import Rollout
 
 HEADER_EVERY_ROWS = 20
 PLAIN_LINE_EVERY_S = 30.0
@@ -150,3 +152,15 @@ def greedy_accuracy(metrics: Mapping[str, float]) -> float | None:
         value for name, value in metrics.items() if name.startswith("eval/") and name.endswith("/greedy_accuracy")
     ]
     return sum(values) / len(values) if values else None
+
+
+def shown(rollouts: Iterator[Rollout], total: Callable[[], int], name: str, console: Console) -> Iterator[Rollout]:
+    """The same rollouts as they finish, with a progress line and their tokens per second; `total` may grow."""
+    start, tokens, expected = time.perf_counter(), 0, total()
+    with console.phase(name, expected) as phase:
+        for rollout in rollouts:
+            tokens += len(rollout.token_ids)
+            phase.grow(total() - expected)
+            expected = total()
+            phase.advance(note=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+            yield rollout

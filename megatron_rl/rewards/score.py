@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import Reward
+from megatron_rl.config.sections import Reward
 from megatron_rl.rewards.builtin import BUILTIN, INLINE, length_penalty
 from megatron_rl.rewards.scoring_process import describe, evaluate
 

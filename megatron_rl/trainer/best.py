@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.heldout_sets import set_name, split_best
-from megatron_rl.trainer.checkpoint import write_model_folder
+from megatron_rl.models.megatron_folder import write_model_folder
 from megatron_rl.trainer.trainer import Trainer
 
 RECORD = "best"  # `driver/best.json` in the folder: which metric, its value, after which step

@@ -9,7 +9,7 @@ files. A checkpoint that does not match its manifest does not count, and is left
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_rl.config import ConfigError
-from megatron_rl.megatron_patches import checkpointing
-from megatron_rl.models.manifest import damage, write_manifest
-from megatron_rl.models.model_folder import DRAFT, REPLACED, new_model_folder
+from megatron_rl.models.manifest import damage
+from megatron_rl.models.megatron_folder import _load, _read, write_model_folder
+from megatron_rl.models.model_folder import DRAFT, REPLACED
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
     from megatron_rl.trainer.trainer import Trainer
 
 CRITIC = "critic"  # in checkpoints: its model and optimizer
@@ -146,46 +144,6 @@ def load_tensors(run_dir: str | Path, step: int, name: str) -> Any:
         raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
 
 
-def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
-    """Restore the weights alone from a checkpoint or converted folder, on all ranks.
-
-    Raises:
-        ConfigError: when it cannot be read.
-    """
-    contents = _load({"model": model.sharded_state_dict()}, Path(folder))
-    model.load_state_dict(contents["model"])
-
-
-def has_megatron_weights(folder: str | Path) -> bool:
-    """Whether `folder` holds weights in Megatron's format."""
-    return (Path(folder) / "megatron" / "metadata.json").is_file()
-
-
-def write_model_folder(
-    contents: dict[str, Any],
-    template: str | Path,
-    folder: Path,
-    driver: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a sharded state dict to `folder/megatron`, with config and tokenizer copied from `template`.
-
-    Rank 0's `driver` values go to `folder/driver/<name>.json`, its `tensors` to `folder/driver/<name>.pt`.
-    """
-    checkpointing.install()
-    with new_model_folder(folder, template) as draft:
-        (draft / "megatron").mkdir(exist_ok=True)
-        dist_checkpointing.save(contents, str(draft / "megatron"))
-        if (driver or tensors) and torch.distributed.get_rank() == 0:
-            (draft / "driver").mkdir()
-            for name, value in (driver or {}).items():
-                (draft / "driver" / f"{name}.json").write_text(json.dumps(value))
-            for name, value in (tensors or {}).items():
-                torch.save(value, draft / "driver" / f"{name}.pt")
-        if torch.distributed.get_rank() == 0:
-            write_manifest(draft)
-
-
 def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     _allocate_adam_state(trainer)
     if not loading:
@@ -260,17 +218,3 @@ def _check_dealing(trainer: "Trainer", folder: Path) -> None:
             f"the checkpoint {folder} was saved with parallel.ep_size {saved}, and its optimizer cannot go on with "
             f"{needed}; set parallel.ep_size as it was, or start a new run with model.path={folder}."
         )
-
-
-def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
-    checkpointing.install()
-    return _read(folder, lambda path: dist_checkpointing.load(contents, path))
-
-
-def _read(folder: Path, how: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return how(str(folder / "megatron"))
-    except Exception as error:
-        raise ConfigError(
-            f"the checkpoint {folder} cannot be read ({error}); remove it to use an older one."
-        ) from error

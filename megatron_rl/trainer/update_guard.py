@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

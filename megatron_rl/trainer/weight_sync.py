@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 
 from megatron_rl.config import Config
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.weights import PolicyWeights
 from rollout.weight_transfer.checksum import differing, source_checksums
 from rollout.weight_transfer.connection import WeightSync as Connection

@@ -24,7 +24,8 @@ from megatron_rl.config import Config
 from rollout.engine.engine import EngineEnvironment, engine_arguments
 from rollout.fleet.engine_actor import create_engine, wait_until_up
 from rollout.fleet.local_ray import start_ray
-from rollout.fleet.mixed_precision import Backlog, PrecisionCounts, RequestKey, Tail, deal, go_on, join, key_of
+from rollout.fleet.mixed_precision import PrecisionCounts, Tail
+from rollout.fleet.requests import Backlog, RequestKey, deal, go_on, join, key_of
 from rollout.fleet.weight_client import FleetClient
 from rollout.speculation.head_weights import check_head, largest_head, pack_head
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts

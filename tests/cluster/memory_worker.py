@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_rl.cluster.plan_memory import norm_activations, trainer_memory
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.trainer import Trainer
@@ -75,7 +75,7 @@ def main() -> None:
             "run_dir": "unused",
         }
     )
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(path)
     trainer = Trainer(config, runtime, arch, arch.vocab_size, 1.0)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -87,7 +87,7 @@ def main() -> None:
         kept += TOKENS * norm_activations(arch.hidden_size, 4 if precision == "fp32" else 2, fused=False)
     expected = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer")} | {"activations": kept}
     (output / f"rank{runtime.rank}.json").write_text(json.dumps([measure(trainer), expected]))
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

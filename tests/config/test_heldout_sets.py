@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_rl.config import Config
-from megatron_rl.config.heldout_sets import due_sets, set_name
+from megatron_rl.config.heldout_sets import set_name
 
 
 def config(sets: list[str], data: dict | None = None, steps: int = 50, **evaluation: object) -> Config:
@@ -31,12 +31,12 @@ def test_names_leave_the_file_of_a_public_set_out() -> None:
 def test_sets_are_due_by_their_own_interval_and_all_at_the_ends() -> None:
     sets = ["gsm8k=x.jsonl", "mmlu_stem", "own.jsonl"]
     settings = config(sets, every=10, schedule={"mmlu_stem": 25, "own.jsonl": 20})
-    due = {step: due_sets(settings, step) for step in range(51)}
+    due = {step: settings.due_sets(step) for step in range(51)}
     assert due[0] == due[50] == sets
     assert {step for step in due if sets[0] in due[step]} == {0, 10, 20, 30, 40, 50}
     assert {step for step in due if sets[1] in due[step]} == {0, 25, 50}
     assert {step for step in due if sets[2] in due[step]} == {0, 20, 40, 50}
-    assert due_sets(config(sets), 25) == []
+    assert config(sets).due_sets(25) == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.config.model_fit import check_layout
 from megatron_rl.config.quantization import is_skipped, skip_patterns
 from megatron_rl.config.schema import Config
-from megatron_rl.distributed.device import check_device, engine_environment, on_gpu
+from megatron_rl.distributed.device import check_device, on_gpu
+from megatron_rl.distributed.engine_environment import engine_environment
 
 HF = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_rl.config.schema import Arithmetic
+from megatron_rl.config.sections import Arithmetic
 from megatron_rl.data.arithmetic import arithmetic_problem, arithmetic_problems, is_heldout, worked_steps
 from megatron_rl.rewards.builtin import last_number
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import Data
+from megatron_rl.config.sections import Data
 from megatron_rl.data import load_prompts
 from megatron_rl.data.decontamination import OverlapIndex, tokens
 from megatron_rl.data.prepare import deduplicate, overlaps_file, prepare

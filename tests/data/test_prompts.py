@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import Arithmetic, Data
+from megatron_rl.config.sections import Arithmetic, Data
 from megatron_rl.data import load_prompts
 from megatron_rl.models.scratch import character_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.heldout_sets import PUBLIC_SETS
-from megatron_rl.config.schema import Data
+from megatron_rl.config.sections import Data
 from megatron_rl.data import load_prompts
 from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, read_problems
 from megatron_rl.data.rows import read_rows

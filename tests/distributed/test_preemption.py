@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from megatron_rl.distributed.device import Runtime
 from megatron_rl.distributed.preemption import StopRequest
+from megatron_rl.distributed.runtime import Runtime
 
 
 @pytest.fixture

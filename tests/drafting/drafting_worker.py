@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.drafting.tail_filler import TailFiller
@@ -86,7 +85,7 @@ def main() -> None:
     model, run_dir, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[5])
     steps, save_at = int(sys.argv[3]), int(sys.argv[4])
     exact = settings(model, fill=[], min_slices=3)
-    runtime = device.initialize(exact)
+    runtime = initialize(exact)
     results = {
         "exact": run_steps(exact, runtime, run_dir, steps, save_at),
         "resumed": run_steps(exact, runtime, run_dir, steps, 0),
@@ -94,7 +93,7 @@ def main() -> None:
     }
     output.mkdir(exist_ok=True)
     torch.save(results, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.drafting.feature_tap import FeatureTap, plan_windows
 from megatron_rl.drafting.online_drafter import frozen_policy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.trainer import Policy
+from megatron_rl.trainer.policy import Policy
 from tests.hf_models import VOCAB, random_sequences
 from tests.models.parity_worker import TEMPERATURE, make_config
 
@@ -23,7 +23,7 @@ CUT = 90  # rows of the output layer that are kept of 99
 def main() -> None:
     model, tp, pp, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     config = make_config(model, tp, pp)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(model)
     policy = Policy(config, runtime, arch, VOCAB, TEMPERATURE)
     tap = FeatureTap(policy, AUX_LAYERS)
@@ -42,7 +42,7 @@ def main() -> None:
     weights = PolicyWeights(policy.model, arch)
     frozen, cut = frozen_policy(weights, arch.vocab_size), frozen_policy(weights, CUT)
     torch.save({**results, "policy": vars(frozen), "cut": vars(cut)}, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from drafter.eagle.head_files import load_head, save_head
 from drafter.eagle.packed_rows import PolicyWeights
 from megatron_rl.config import ConfigError, load_config
 from megatron_rl.drafting.initial_head import initial_head
-from megatron_rl.drafting.warmup import read_rollouts
+from megatron_rl.trainer.rollouts_file import read_rollouts
 from tests.drafter.policies import sample, small_config
 from tests.launching import ROOT
 from tests.rollout.helpers import VOCAB_LIMIT

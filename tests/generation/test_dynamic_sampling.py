@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.generation.dynamic_sampling import DynamicSampling, Group
+from megatron_rl.generation.dynamic_sampling import DynamicSampling
+from megatron_rl.generation.groups import Group
 from megatron_rl.rewards.score import Score
 from rollout.types import Rollout, RolloutRequest
 

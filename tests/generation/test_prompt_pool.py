@@ -9,9 +9,9 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.generation.dynamic_sampling import Group
+from megatron_rl.generation.groups import Group
 from megatron_rl.generation.prompt_pool import Pool, staleness_metrics
-from rollout.fleet.mixed_precision import key_of
+from rollout.fleet.requests import key_of
 from rollout.types import Rollout, RolloutRequest, Source
 
 PROMPTS, SAMPLES, LIMIT = 4, 2, 10

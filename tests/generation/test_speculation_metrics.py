@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_rl.generation.speculation_metrics import LiveAlarm, speculation_metrics
+from megatron_rl.drafting.alarm import LiveAlarm
+from megatron_rl.generation.speculation_metrics import speculation_metrics
 from rollout.types import Rollout, Source, SpeculationCounts
 
 ROLLOUT = Rollout("p", 0, 0, 1, [5], [6, 7], [-1.0, -1.0], "stop", 0, [Source.FRESH, Source.DRAFT])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import export_hf
 from megatron_rl.trainer.batch import Batch
@@ -21,7 +21,7 @@ def main() -> None:
     model, *sizes, recompute, output = sys.argv[1:]
     pp, cp, ep = map(int, sizes)
     config = make_config(Path(model), 1, pp, cp, ep, recompute=recompute)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, TEMPERATURE)
     # An odd number: replicas get different numbers of sequences.
     batch = Batch(*random_sequences(13))
@@ -35,7 +35,7 @@ def main() -> None:
         "metrics": trainer.imitate(batch),
     }
     torch.save(result, Path(output) / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_rl.algorithms import token_weights
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch, with_values
@@ -56,7 +56,7 @@ def gradients(trainer: Trainer, batch: Batch) -> list[tuple[str, tuple[slice, ..
 def main() -> None:
     root, tp, pp, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     batch = Batch(*random_sequences(12))
-    runtime = device.initialize(make_config(root / "qwen3", tp, pp))
+    runtime = initialize(make_config(root / "qwen3", tp, pp))
     results = {}
     for name in ("qwen3", "qwen2", "llama"):
         config = make_config(root / name, tp, pp)
@@ -79,7 +79,7 @@ def main() -> None:
         result["gradients_one_by_one"] = gradients(trainer, batch)
         results[name] = result
     torch.save(results, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

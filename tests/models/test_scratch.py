@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import ScratchModel
+from megatron_rl.config.sections import ScratchModel
 from megatron_rl.models.scratch import PRINTABLE, make_scratch_model
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.schema import LengthPenalty, Reward
+from megatron_rl.config.sections import LengthPenalty, Reward
 from megatron_rl.rewards import ScoreItem, Scorer
 
 USER_MODULE = """

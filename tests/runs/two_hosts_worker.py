@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_rl import train
 from megatron_rl.config import load_config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.engine_environment import engine_environment
 from rollout.engine.engine import EngineEnvironment
 
-engine_environment = device.engine_environment
+engine_environment = engine_environment
 
 
 def with_gpu(*arguments: Any) -> EngineEnvironment:
@@ -20,5 +20,5 @@ def with_gpu(*arguments: Any) -> EngineEnvironment:
 
 
 if __name__ == "__main__":
-    device.engine_environment = with_gpu
+    engine_environment = with_gpu
     train.run(load_config(sys.argv[1], []))

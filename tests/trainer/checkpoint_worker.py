@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import export_hf
 from megatron_rl.trainer.batch import Batch
@@ -40,7 +40,7 @@ def main() -> None:
             "run_dir": run_dir,
         }
     )
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     forks: list[int] = []
     os.register_at_fork(before=lambda: forks.append(os.getpid()))
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
@@ -57,7 +57,7 @@ def main() -> None:
             save_checkpoint(trainer, run_dir, step + 1, 1, {"rank": torch.distributed.get_rank()})
             assert not forks, "a fork beside other threads may hang"
     export_hf(trainer.weights, model, output)
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

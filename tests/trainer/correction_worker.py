@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch, with_values
@@ -124,7 +124,7 @@ def main() -> None:
     model, values, output = (Path(argument) for argument in sys.argv[1:])
     batch = Batch(*torch.load(values))
     config = make_config(model, {})
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
     # Even a run that has rejected everything so far can be saved.
     trainer.config = make_config(model, {"veto": 1e-3})
@@ -140,7 +140,7 @@ def main() -> None:
         "rejected": rejected(trainer, model, batch),
     }
     torch.save(results, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import export_hf
 from megatron_rl.trainer.batch import Batch, with_values
@@ -50,7 +50,7 @@ def main() -> None:
     model, run_dir, output = Path(sys.argv[1]), sys.argv[4], Path(sys.argv[7])
     tp, pp, steps, save_at = (int(sys.argv[i]) for i in (2, 3, 5, 6))
     config = make_config(model, tp, pp, run_dir)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(model)
     trainer, critic = Trainer(config, runtime, arch, VOCAB, 1.0), Critic(config, runtime, arch)
     batch = Batch(*random_sequences(12))
@@ -73,7 +73,7 @@ def main() -> None:
     if runtime.is_driver:
         torch.save(result, output.with_suffix(".pt"))
     export_hf(trainer.weights, model, output)
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
-from megatron_rl.trainer.checkpoint import checkpoint_folder, write_model_folder
+from megatron_rl.distributed.runtime import initialize, shutdown
+from megatron_rl.models.megatron_folder import write_model_folder
+from megatron_rl.trainer.checkpoint import checkpoint_folder
 
 
 def main() -> None:
     model, run_dir = sys.argv[1:]
-    runtime = device.initialize(Config.model_validate({"model": {"path": model}, "run_dir": run_dir}))
+    runtime = initialize(Config.model_validate({"model": {"path": model}, "run_dir": run_dir}))
     for step, size in ((1, 1000), (2, 1_000_000)):
         part = ShardedTensor.from_rank_offsets("weights", torch.zeros(size), (0, runtime.rank, runtime.world_size))
         try:
@@ -24,7 +25,7 @@ def main() -> None:
             # In one piece: both ranks print at once.
             sys.stdout.write(f"rank {runtime.rank}: {error}\n")
             sys.stdout.flush()
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

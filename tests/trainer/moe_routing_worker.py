@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.trainer import Trainer
@@ -19,7 +19,7 @@ def main() -> None:
     model, aux, z, budget, recompute, output = sys.argv[1:]
     options = {"router_aux_loss": float(aux), "router_z_loss": float(z), "recompute": recompute}
     config = make_config(Path(model), 1, 1, **options)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, TEMPERATURE)
     single = config.train.model_copy(update={"tokens_per_microbatch": int(budget)})
     trainer.config = config.model_copy(update={"train": single})
@@ -39,7 +39,7 @@ def main() -> None:
     gradients = {name: value.clone() for name, _, value in weights.pieces() if ".mlp.gate." in name}
     counts = trainer.routing._counts.clone()
     torch.save({"gradients": gradients, "counts": counts}, Path(output) / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

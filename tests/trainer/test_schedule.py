@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_rl.config.schema import Train
-from megatron_rl.trainer.trainer import learning_rate
+from megatron_rl.config.sections import Train
+from megatron_rl.trainer.schedule import learning_rate
 
 
 def test_learning_rate_warms_up_then_stays():

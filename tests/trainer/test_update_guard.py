@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.distributed.device import Runtime
+from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.trainer.update_guard import UpdateGuard
 from tests.hf_models import make_models
 from tests.launching import run_workers

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.batch import Batch, with_values
 from megatron_rl.trainer.trainer import Trainer
@@ -36,7 +36,7 @@ def main() -> None:
             "run_dir": "unused",
         }
     )
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
     batch = Batch(*random_sequences(8))
     old = trainer.logprobs(batch)
@@ -66,7 +66,7 @@ def main() -> None:
     except RuntimeError as error:
         sentence = str(error)
     torch.save({"steps": steps, "sentence": sentence}, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

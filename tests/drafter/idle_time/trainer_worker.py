@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from drafter.idle_time.slices import SliceRunner
-from megatron_rl.distributed import device
+from megatron_rl.distributed.runtime import initialize, shutdown
+from megatron_rl.drafting.wait_fill import idle_fill
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.trainer import Trainer
@@ -21,12 +22,12 @@ from tests.models.parity_worker import make_config
 def main() -> None:
     model, output = Path(sys.argv[1]), Path(sys.argv[2])
     config = make_config(model, 1, 2)
-    runtime = device.initialize(config)
+    runtime = initialize(config)
     arch = Architecture.from_folder(model)
     results = []
     for filled in (False, True):
         trainer, work = Trainer(config, runtime, arch, VOCAB, 1.0), Work(None)
-        bubbles = trainer.fill_bubbles(device.idle_fill(SliceRunner(work))) if filled else None
+        bubbles = trainer.fill_bubbles(idle_fill(SliceRunner(work))) if filled else None
         batch = Batch(*random_sequences(12))
         metrics = [trainer.imitate(batch) for _ in range(3)]
         weights = [value.detach().clone() for value in trainer.model.parameters()]
@@ -34,7 +35,7 @@ def main() -> None:
     assert bubbles is not None
     results.append({"slices": work.done, "stats": vars(bubbles.take_stats())})
     torch.save(results, output / f"rank{runtime.rank}.pt")
-    device.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import ray
 
 from rollout.engine.engine import RolloutEngine
 from rollout.fleet.fleet import RolloutFleet
-from rollout.fleet.mixed_precision import Tail, deal, go_on
+from rollout.fleet.mixed_precision import Tail
+from rollout.fleet.requests import deal, go_on
 from rollout.types import Past, Rollout, RolloutRequest, Source
 from rollout.weight_transfer.connection import segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rollout.fleet.fleet import RolloutFleet
-from rollout.fleet.mixed_precision import RequestKey, go_on, join, key_of
+from rollout.fleet.requests import RequestKey, go_on, join, key_of
 from rollout.types import Rollout, RolloutRequest, Source
 from tests.rollout.helpers import make_config, make_environment, make_requests
 
