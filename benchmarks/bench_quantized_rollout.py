@@ -30,6 +30,7 @@ from megatron_rl.models.hf_mapping import hf_shapes
 from megatron_rl.models.scratch import make_scratch_model
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.connection import WeightSync, connect
 from rollout.weight_transfer.shm import ShardedWeightSource
 
@@ -125,7 +126,7 @@ class Engines:
 def _connect(fleet: RolloutFleet, source: RandomWeights, name: str) -> WeightSync:
     segment = f"megatron-rl-bench-{os.getpid()}-{name}"
     return connect(
-        "shm", rank=0, client=fleet.client(), source=source, barrier=lambda: None, segment=segment, workers=1
+        "shm", rank=0, client=FleetClient(fleet), source=source, barrier=lambda: None, segment=segment, workers=1
     )
 
 

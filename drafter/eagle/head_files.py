@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from drafter.eagle.head import EagleHead, HeadConfig, default_aux_layers, rope_of
 from drafter.eagle.vocabulary import DraftVocabulary
-from megatron_rl.config import ConfigError
 
 _ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle": "EagleLlamaForCausalLM"}
 _LAYER = {"eagle3": "midlayer.", "eagle": "layers.0."}
@@ -61,7 +60,7 @@ def load_head(folder: str | Path, policy_layers: int | None = None) -> EagleHead
             mean vLLM's default.
 
     Raises:
-        ConfigError: names the file, and the tensor or the key that is missing, unknown, misshaped or not supported.
+        ValueError: names the file, and the tensor or the key that is missing, unknown, misshaped or not supported.
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json", policy_layers)
@@ -81,14 +80,14 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 def _check(file: Path, config: HeadConfig, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if name not in tensors:
-            raise ConfigError(f"{file}: the tensor {name!r} is missing; config.json describes a head that has it.")
+            raise ValueError(f"{file}: the tensor {name!r} is missing; config.json describes a head that has it.")
         if tensors[name].shape != parameter.shape:
-            raise ConfigError(
+            raise ValueError(
                 f"{file}: the tensor {name!r} has the shape {list(tensors[name].shape)}, but config.json asks for "
                 f"{list(parameter.shape)}."
             )
     if unknown := sorted(name for name in tensors if name not in parameters and not _is_ignored(name, config)):
-        raise ConfigError(f"{file}: the tensor {unknown[0]!r} belongs to a kind of head that is not supported.")
+        raise ValueError(f"{file}: the tensor {unknown[0]!r} belongs to a kind of head that is not supported.")
 
 
 def _own_name(name: str) -> str:
@@ -108,7 +107,7 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         return files[0], {name: tensor for file in files for name, tensor in load_file(file).items()}
     file = folder / "pytorch_model.bin"
     if not file.is_file():
-        raise ConfigError(f"{folder} has neither *.safetensors nor pytorch_model.bin.")
+        raise ValueError(f"{folder} has neither *.safetensors nor pytorch_model.bin.")
     return file, torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -117,16 +116,16 @@ def _read_vocabulary(file: Path, config: HeadConfig, tensors: dict[str, Tensor])
     if config.draft_vocab_size == config.vocab_size:
         return None
     if "d2t" not in tensors:
-        raise ConfigError(f"{file}: the tensor 'd2t' is missing; draft_vocab_size is less than vocab_size.")
+        raise ValueError(f"{file}: the tensor 'd2t' is missing; draft_vocab_size is less than vocab_size.")
     d2t = tensors["d2t"].long()
     if d2t.shape != (config.draft_vocab_size,):
-        raise ConfigError(
+        raise ValueError(
             f"{file}: the tensor 'd2t' has the shape {list(d2t.shape)}, but config.json asks for "
             f"[{config.draft_vocab_size}]."
         )
     token_ids = d2t + torch.arange(len(d2t))
     if token_ids[0] < 0 or token_ids[-1] >= config.vocab_size or (token_ids.diff() <= 0).any():
-        raise ConfigError(f"{file}: the tensor 'd2t' does not give ascending token ids below {config.vocab_size}.")
+        raise ValueError(f"{file}: the tensor 'd2t' does not give ascending token ids below {config.vocab_size}.")
     return DraftVocabulary(token_ids, config.vocab_size)
 
 
@@ -166,23 +165,23 @@ def _to_hf(head: EagleHead) -> dict[str, Any]:
 
 def _read_config(file: Path, policy_layers: int | None) -> HeadConfig:
     if not file.is_file():
-        raise ConfigError(f"{file} does not exist.")
+        raise ValueError(f"{file} does not exist.")
     hf = json.loads(file.read_text())
     eagle_config = hf.get("eagle_config") or {}
     architecture = (hf.get("architectures") or [""])[0]
     kind: Literal["eagle3", "eagle"] = "eagle3" if "Eagle3" in architecture else "eagle"
     if "Llama" not in architecture or hf.get("num_hidden_layers", 1) != 1 or hf.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{file}: {architecture!r} is no head of one Llama layer; other heads are not supported.")
+        raise ValueError(f"{file}: {architecture!r} is no head of one Llama layer; other heads are not supported.")
     if active := [key for key in _UNSUPPORTED if hf.get(key) or eagle_config.get(key)]:
-        raise ConfigError(f"{file}: {active[0]} is set; heads with it are not supported.")
+        raise ValueError(f"{file}: {active[0]} is set; heads with it are not supported.")
     if not eagle_config.get("use_aux_hidden_state", True):
-        raise ConfigError(f"{file}: use_aux_hidden_state is false; an eagle3 head has to read several depths.")
+        raise ValueError(f"{file}: use_aux_hidden_state is false; an eagle3 head has to read several depths.")
     if (width := hf.get("target_hidden_size", hf.get("hidden_size"))) != hf.get("hidden_size"):
-        raise ConfigError(f"{file}: target_hidden_size is {width}; a head has to be as wide as its policy.")
+        raise ValueError(f"{file}: target_hidden_size is {width}; a head has to be as wide as its policy.")
     layers = hf.get("eagle_aux_hidden_state_layer_ids") or eagle_config.get("eagle_aux_hidden_state_layer_ids") or ()
     if kind == "eagle3" and not layers:
         if policy_layers is None:
-            raise ConfigError(f"{file} does not name eagle_aux_hidden_state_layer_ids; give the policy's layers.")
+            raise ValueError(f"{file} does not name eagle_aux_hidden_state_layer_ids; give the policy's layers.")
         layers = default_aux_layers(policy_layers)
     try:
         return HeadConfig(
@@ -201,6 +200,6 @@ def _read_config(file: Path, policy_layers: int | None) -> HeadConfig:
             init_std=hf.get("initializer_range", 0.02),
         )
     except KeyError as error:
-        raise ConfigError(f"{file}: the key {error} is missing.") from error
+        raise ValueError(f"{file}: the key {error} is missing.") from error
     except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error

@@ -9,8 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config import ConfigError
-
 KINDS = (
     "forward",
     "backward",
@@ -108,7 +106,7 @@ def read_trace(file: Path) -> tuple[list[list[Span]], int]:
     """What `write_trace` wrote: (spans of each rank from zero, step).
 
     Raises:
-        ConfigError: when it is something else.
+        ValueError: when it is something else.
     """
     try:
         trace = json.loads(file.read_text())
@@ -121,7 +119,7 @@ def read_trace(file: Path) -> tuple[list[list[Span]], int]:
                 ranks[event["pid"]].append(Span(kind, start, start + event["dur"] / 1e6))
         return ranks, int(trace["otherData"]["step"])
     except (ValueError, LookupError, TypeError):
-        raise ConfigError(f"{file} is not the timeline of a step as a run writes it; delete or rename it.") from None
+        raise ValueError(f"{file} is not the timeline of a step as a run writes it; delete or rename it.") from None
 
 
 def _origin(ranks: list[list[Span]]) -> float:

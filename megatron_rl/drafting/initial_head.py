@@ -54,7 +54,10 @@ def folder_for_engines(config: Config) -> str:
 def _given_head(config: Config) -> EagleHead:
     assert config.drafter.path is not None
     hf = read_hf_config(config.model.path)
-    head = load_head(config.drafter.path, hf["num_hidden_layers"])
+    try:
+        head = load_head(config.drafter.path, hf["num_hidden_layers"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     _check(config, head.config, hf)
     return head
 

@@ -9,6 +9,7 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from drafter.idle_time.timeline import TRACE_FILE, read_trace, rows
+from megatron_rl.config import ConfigError
 from megatron_rl.observability import plots
 from megatron_rl.observability.metrics_logger import read_metrics
 
@@ -202,7 +203,10 @@ def _timeline(run_dir: Path) -> str:
     if not trace.exists():
         picture.unlink(missing_ok=True)  # of an earlier report
         return ""
-    ranks, step = read_trace(trace)
+    try:
+        ranks, step = read_trace(trace)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     plots.step_timeline(rows(ranks), picture)
     return (
         f"## Timeline of step {step}\n\n![Timeline of step {step}]({picture.name})\n\n"

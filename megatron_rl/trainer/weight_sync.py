@@ -14,6 +14,7 @@ from megatron_rl.config import Config
 from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.weights import PolicyWeights
+from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.checksum import differing, source_checksums
 from rollout.weight_transfer.connection import WeightSync as Connection
 from rollout.weight_transfer.connection import connect, segment_name
@@ -73,7 +74,7 @@ class WeightSync:
         return connect(
             self._backend,
             rank=self._runtime.rank,
-            client=self._fleet.client(engines) if self._fleet is not None else None,
+            client=FleetClient(self._fleet, engines) if self._fleet is not None else None,
             source=self._source,
             barrier=lambda: torch.distributed.barrier(group=self._runtime.control_group),
             # Two runs may have the same relative run_dir in different folders.
@@ -122,7 +123,7 @@ class WeightSync:
         """
         assert self._fleet is not None
         if self._backend == "shm":
-            self._connection.resend(self._fleet.client([engine]))
+            self._connection.resend(FleetClient(self._fleet, [engine]))
         elif self._config.rollout.async_steps and threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 f"rollout engine {engine} died while the trainer works, and over {self._backend} all trainer processes "

@@ -26,7 +26,6 @@ from rollout.fleet.engine_actor import create_engine, wait_until_up
 from rollout.fleet.local_ray import start_ray
 from rollout.fleet.mixed_precision import PrecisionCounts, Tail
 from rollout.fleet.requests import Backlog, RequestKey, deal, go_on, join, key_of
-from rollout.fleet.weight_client import FleetClient
 from rollout.speculation.head_weights import check_head, largest_head, pack_head
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts
 
@@ -64,7 +63,7 @@ class RolloutFleet:
     """`rollout.engines` engines holding the model at `model_path`.
 
     `on_restart(index)` is called when an engine has died and is up again with the weights of `model_path`, before it
-    generates: the place to give it the current weights, through `client([index])`.
+    generates: the place to give it the current weights, through a `FleetClient` of that engine.
     """
 
     def __init__(
@@ -286,10 +285,10 @@ class RolloutFleet:
         self._head = ray.put(pack_head(tensors, getattr(torch, self._environment.dtype))), version
         self._on_all_engines("update_drafter", *self._head)
 
-    def client(self, engines: list[int] | None = None) -> FleetClient:
-        """A vLLM weight-sync client that drives the given engines (default: all) in parallel."""
-        chosen = range(len(self._engines)) if engines is None else engines
-        return FleetClient(self, list(chosen))
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return len(self._engines)
 
     def call(self, index: int, method: str, *arguments: Any) -> Any:
         """Start a method of an engine; returns Ray's reference to the result."""

@@ -1,6 +1,6 @@
 """Drives the weight sync of several engines at once, and goes on when one of them dies meanwhile."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -10,20 +10,19 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateRequest,
 )
 
-if TYPE_CHECKING:
-    from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.fleet import RolloutFleet
 
 
 class FleetClient:
-    """vLLM's `VLLMWeightSyncClient` protocol over the engines of a fleet.
+    """vLLM's `VLLMWeightSyncClient` protocol over the given engines of a fleet (default: all), in parallel.
 
     An engine that dies is restarted by the fleet, whose `on_restart` gives it the weights; the rest of the update then
     passes it by.
     """
 
-    def __init__(self, fleet: "RolloutFleet", engines: list[int]) -> None:
+    def __init__(self, fleet: RolloutFleet, engines: list[int] | None = None) -> None:
         self._fleet = fleet
-        self._engines = engines
+        self._engines = list(range(fleet.engines)) if engines is None else engines
         self._restarted: set[int] = set()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

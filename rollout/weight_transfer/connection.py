@@ -1,6 +1,6 @@
 """The trainer's end of a weight sync: connect once, then `sync()` after every update.
 
-sync = connect("shm", rank=rank, client=fleet.client(), source=source, barrier=barrier, segment=name, workers=1)
+sync = connect("shm", rank=rank, client=FleetClient(fleet), source=source, barrier=barrier, segment=name, workers=1)
 report = sync.sync()      # on every trainer rank
 sync.resend(client)       # on rank 0, for an engine that was restarted
 sync.shutdown()

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from drafter.idle_time.timeline import KINDS, Span, Timeline, read_trace, rows, write_trace
-from megatron_rl.config import ConfigError
 from megatron_rl.observability import plots
 
 STEP = [[Span("forward", 10.0, 11.0), Span("bubble, filled", 11.0, 13.5)], [Span("bubble, empty", 10.5, 11.0)]]
@@ -75,7 +74,7 @@ def test_a_trace_is_read_as_it_was_written_but_from_zero(tmp_path):
 )
 def test_a_file_that_is_no_timeline_is_refused(text, tmp_path):
     (tmp_path / "timeline.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"timeline\.json is not the timeline of a step"):
+    with pytest.raises(ValueError, match=r"timeline\.json is not the timeline of a step"):
         read_trace(tmp_path / "timeline.json")
 
 

@@ -13,6 +13,7 @@ from megatron_rl.config import ConfigError
 from rollout.engine.engine import engine_arguments
 from rollout.engine.vllm_options import check_vllm_options
 from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.weight_client import FleetClient
 from rollout.types import RolloutRequest
 from rollout.weight_transfer.checksum import differing
 from rollout.weight_transfer.connection import connect, segment_name
@@ -101,11 +102,11 @@ def test_a_killed_engine_is_restarted_and_the_responses_are_the_same(
 
 def test_a_restarted_engine_gets_the_weights_of_the_last_sync(model: Path, other_model: Path, tmp_path: Path) -> None:
     def restore(index: int) -> None:
-        sync.resend(fleet.client([index]))
+        sync.resend(FleetClient(fleet, [index]))
 
     fleet = RolloutFleet(make_config(tmp_path, model), make_environment(), str(model), on_restart=restore)
     source = StateDictSource(_load(other_model))
-    sync = connect("shm", rank=0, client=fleet.client(), source=source, barrier=lambda: None,
+    sync = connect("shm", rank=0, client=FleetClient(fleet), source=source, barrier=lambda: None,
                    segment=segment_name(str(tmp_path)), workers=1)  # fmt: skip
     try:
         sync.sync()
@@ -179,7 +180,7 @@ def test_tensor_parallel_engines_hold_the_weights_and_generate_the_same(
         maps = Path(f"/proc/{split.pids()[0]}/maps").read_text()
         segments = set(re.findall(r"/dev/shm/psm_\w+", maps))
         source = StateDictSource(_load(other_model))
-        sync = connect("shm", rank=0, client=split.client(), source=source, barrier=lambda: None,
+        sync = connect("shm", rank=0, client=FleetClient(split), source=source, barrier=lambda: None,
                        segment=segment_name(str(tmp_path)), workers=2)  # fmt: skip
         assert differing(source.checksums(), split.checksums()[0]) != []
         sync.sync()

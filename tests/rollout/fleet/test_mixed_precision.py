@@ -16,6 +16,7 @@ from rollout.engine.engine import RolloutEngine
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.mixed_precision import Tail
 from rollout.fleet.requests import deal, go_on
+from rollout.fleet.weight_client import FleetClient
 from rollout.types import Past, Rollout, RolloutRequest, Source
 from rollout.weight_transfer.connection import segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests
@@ -160,7 +161,7 @@ def test_each_prompt_has_its_precision_whatever_the_timing(mixed: RolloutFleet) 
 @pytest.mark.slow
 def test_a_restarted_engine_keeps_its_precision(mixed: RolloutFleet, model: Path, tmp_path: Path) -> None:
     def restore(index: int) -> None:
-        sync.resend(mixed.client([index]))
+        sync.resend(FleetClient(mixed, [index]))
 
     mixed._on_restart = restore
     sync = connected(mixed, StateDictSource(_load(model)), segment_name(str(tmp_path)))

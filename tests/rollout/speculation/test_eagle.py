@@ -18,6 +18,7 @@ from drafter.eagle.head_files import head_tensors, save_head
 from megatron_rl.config import ConfigError
 from rollout.engine.engine import engine_arguments
 from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.weight_client import FleetClient
 from rollout.speculation.bandit import PLAIN
 from rollout.speculation.eagle import LINGER
 from rollout.speculation.head_weights import pack_head
@@ -202,7 +203,7 @@ def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
         config,
         make_environment(),
         str(other_model),
-        on_restart=lambda index: weights[0].resend(fleet.client([index])) and None,
+        on_restart=lambda index: weights[0].resend(FleetClient(fleet, [index])) and None,
         drafter_path=str(tmp_path / "head"),
     )
     source = StateDictSource(_load(other_model))

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta
 
 from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.checksum import differing, source_checksums
 from rollout.weight_transfer.connection import WeightSync, connect, segment_name
 from rollout.weight_transfer.shm import ShardedWeightSource, create_segment, map_segment, plan_segment, segment_bytes
@@ -42,7 +43,7 @@ class StateDictSource(ShardedWeightSource):
 
 
 def connected(fleet: RolloutFleet, source: ShardedWeightSource, name: str) -> WeightSync:
-    return connect("shm", rank=0, client=fleet.client(), source=source, barrier=_no_wait, segment=name, workers=1)
+    return connect("shm", rank=0, client=FleetClient(fleet), source=source, barrier=_no_wait, segment=name, workers=1)
 
 
 def _no_wait() -> None: ...
@@ -168,5 +169,5 @@ def test_a_sync_is_refused_while_requests_are_running(fleet: RolloutFleet, model
 
 def test_an_unknown_backend_is_refused(fleet: RolloutFleet, model: Path) -> None:
     with pytest.raises(ValueError, match="not one of shm, ipc, nccl"):
-        connect("tcp", rank=0, client=fleet.client(), source=StateDictSource(_load(model)), barrier=_no_wait,
+        connect("tcp", rank=0, client=FleetClient(fleet), source=StateDictSource(_load(model)), barrier=_no_wait,
                 segment="x", workers=1)  # fmt: skip
