@@ -62,8 +62,8 @@ class Contest:
     def __init__(self, config: Config, model: Path, heads: dict[str, Path]) -> None:
         kinds: dict[str, dict[str, Any]] = {
             PLAIN: {"adaptive": "off"},
-            NGRAM: {"adaptive": "model", "drafters": ["ngram"]},
-            **dict.fromkeys(heads, {"adaptive": "model", "drafters": ["eagle"]}),
+            NGRAM: {"adaptive": "thompson", "drafters": ["ngram"]},
+            **dict.fromkeys(heads, {"adaptive": "thompson", "drafters": ["eagle"]}),
         }
         self._engines = {}
         for name, speculation in kinds.items():
@@ -116,7 +116,7 @@ def follow(flags: argparse.Namespace, extent: dict[str, int]) -> list[Point]:
     """Warm a head up, train policy and head, and measure on the way."""
     shutil.rmtree(flags.work, ignore_errors=True)
     overrides = [
-        "rollout.speculation={adaptive: model, drafters: [eagle]}",
+        "rollout.speculation={adaptive: thompson, drafters: [eagle]}",
         f"drafter={{lr: {flags.lr}, unroll: 4, min_slices: {flags.slices}}}",
         "data.eval=[]",
         f"checkpoint.every={extent['every']}",

@@ -50,7 +50,7 @@ def build(flags: argparse.Namespace) -> SpeculationBench:
                 "max_tokens": flags.longest,
                 "quantization": flags.quantization,
                 "vllm": {"enforce_eager": True, "max_num_seqs": REQUESTS},
-                "speculation": {"adaptive": "model", "max_draft_tokens": 8, "drafters": _drafters(flags)},
+                "speculation": {"adaptive": "thompson", "max_draft_tokens": 8, "drafters": _drafters(flags)},
             },
             "drafter": {"path": flags.drafter, "kind": kind_of(flags.drafter)} if flags.drafter else {},
             "run_dir": "runs/bench",
@@ -70,7 +70,7 @@ def main() -> None:
     lengths = long_tailed_lengths(REQUESTS, flags.longest)
     lengths_of_drafts = (2, 8) if arguments.quick else (1, 2, 4, 8)
     fixed = [f"static:{drafter}:{k}" for drafter in _drafters(flags) for k in lengths_of_drafts]
-    variants = [PLAIN, *fixed, *([] if arguments.quick else ["beg"]), "model"]
+    variants = [PLAIN, *fixed, *([] if arguments.quick else ["epsilon_greedy"]), "thompson"]
     turns = compare(
         bench,
         variants,
@@ -85,8 +85,8 @@ def main() -> None:
     relative = speeds(turns)
     best = max(relative[variant] for variant in variants if variant.startswith("static"))
     ratios = {
-        "long_tail_adaptive_vs_plain": relative["model"],
-        "long_tail_adaptive_vs_best_static": relative["model"] / best,
+        "long_tail_adaptive_vs_plain": relative["thompson"],
+        "long_tail_adaptive_vs_best_static": relative["thompson"] / best,
     }
     finish(arguments, ratios, [_row(variant, turns[variant], relative[variant]) for variant in variants])
     print(f"timeline in {flags.png}; {sum(lengths)} tokens a round, the longest response has {max(lengths)}")

@@ -75,7 +75,7 @@ def write_configs(folder: Path, problems: Path, steps: int, precision: str) -> t
         "algorithm": {"group_size": 8},
         "rollout": {
             "max_tokens": LONGEST,
-            "speculation": {"adaptive": "model", "drafters": ["eagle"]},
+            "speculation": {"adaptive": "thompson", "drafters": ["eagle"]},
             "vllm": {"enforce_eager": True},
         },
         "drafter": {"unroll": 7, "lr": 1.0e-3, "tokens_per_slice": 512},

@@ -98,11 +98,11 @@ class Walk {
     bests_.resize(count * shares_);
     const int64_t items = count * shares_;
     share_out(workers_, items, serial ? items : 1, [&](int64_t item) {
-      scan_share(active[item / shares_], row, item / shares_, item % shares_);
+      scan_fraction(active[item / shares_], row, item / shares_, item % shares_);
     });
   }
 
-  void scan_share(int64_t request, int64_t row, int64_t place, int64_t share) {
+  void scan_fraction(int64_t request, int64_t row, int64_t place, int64_t share) {
     const float temperature = a_.temperature[request];
     const RowView view{address_of_row(a_, a_.cu_rows[request] + row),
                        a_.dtype,

@@ -111,7 +111,7 @@ def required(name: str) -> Finding:
 def native_kernels() -> Finding:
     """The libraries that `setup.py` builds."""
     status, output = probe(
-        "import megatron_rl.models.vocab_parallel_logprobs, rollout.speculation.ngram, rollout.verify\n"
+        "import megatron_rl.models.vocab_parallel_logprobs, rollout.speculation.ngram, rollout.sampling.verify\n"
         "rollout.speculation.ngram.NgramDrafter(1, 1 << 16); print('load')"
     )
     if status != 0:

@@ -106,7 +106,7 @@ class Experiment:
         self.critic: Critic | None = None
         if needs_critic(config.algorithm):
             self.critic = Critic(config, runtime, start.arch)
-            self.trainer.total_updates -= config.algorithm.critic.warmup_steps * config.train.minibatches
+            self.trainer.total_updates -= config.algorithm.critic.warmup_steps * config.train.num_minibatches
         if start.resumed:
             load_checkpoint(self.trainer, config.run_dir, start.resumed, self.critic)
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
@@ -232,14 +232,14 @@ class Experiment:
         metrics = {
             **{f"correction/{name}": value for name, value in correction.metrics().items()},
             **gap_metrics(rollouts, old, rollout, correction),
-            "correction/skipped_updates": update["skipped"] * self.config.train.minibatches,
+            "correction/skipped_updates": update["skipped"] * self.config.train.num_minibatches,
             "loss/policy": update["policy_loss"],
             "loss/entropy": update["entropy"],
-            "loss/clip_share": update["clip_share"],
+            "loss/clip_fraction": update["clip_fraction"],
             "loss/update_kl": update["update_kl"],
             "optim/grad_norm": update["grad_norm"],
             "optim/lr": update["lr"],
-            "optim/skipped_updates": update["not_finite"] * self.config.train.minibatches,
+            "optim/skipped_updates": update["not_finite"] * self.config.train.num_minibatches,
             "throughput/trained_tokens_per_s": sequences / self.clock.seconds["time/update"],
         }
         if "kl" in update:

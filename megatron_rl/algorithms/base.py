@@ -84,7 +84,7 @@ class PolicyLoss:
             tokens: one micro-batch; all values of rejected tokens are 0.
 
         Returns:
-            The loss, and a mask of the tokens whose ratio was clipped, for the metric `loss/clip_share`.
+            The loss, and a mask of the tokens whose ratio was clipped, for the metric `loss/clip_fraction`.
         """
         settings = self.settings
         return ppo_loss(
@@ -148,8 +148,8 @@ def policy_objective(tokens: PolicyTokens, algorithm: PolicyLoss) -> tuple[Float
     Returns:
         The micro-batch's part of the loss, and its parts of the metrics (detached scalars). Everything is a sum: adding
         up over micro-batches and ranks gives the value for the whole mini-batch. `loss` and `policy_loss` are
-        aggregated as the loss is; `kl` (to the reference), `entropy`, `clip_share` and `update_kl` (k3 estimate of how
-        far the policy moved from `old_logprobs`) are means over tokens.
+        aggregated as the loss is; `kl` (to the reference), `entropy`, `clip_fraction` and `update_kl` (k3 estimate of
+        how far the policy moved from `old_logprobs`) are means over tokens.
 
     Raises:
         ValueError: `algorithm.kl.coef` > 0, with the penalty in the loss, but no `ref_logprobs`.
@@ -157,7 +157,7 @@ def policy_objective(tokens: PolicyTokens, algorithm: PolicyLoss) -> tuple[Float
     tokens = tokens.without_rejected()
     new, old, settings = tokens.new_logprobs, tokens.old_logprobs, algorithm.settings
     per_token, clipped = algorithm.token_loss(tokens)
-    sums = {"clip_share": clipped.float(), "entropy": tokens.entropy}
+    sums = {"clip_fraction": clipped.float(), "entropy": tokens.entropy}
     per_token = per_token * tokens.importance
     total = per_token
     if settings.kl.coef > 0 and settings.kl.place == "loss":

@@ -31,15 +31,16 @@ class TokenCorrection:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def metrics(self) -> dict[str, float]:
-        """Over all response tokens: `weight_mean`, the mean weight of those kept, `clipped_share`, `rejected_share`.
+        """`weight_mean` (of the tokens kept), `clipped_fraction`, `rejected_fraction`, `vetoed_fraction`.
 
-        `vetoed_share` is over responses. Of nothing the mean weight is 1 and the shares are 0.
+        The last is over responses, the others over response tokens. Of nothing the mean weight is 1 and the fractions
+        are 0.
         """
         return {
             "weight_mean": self.weights[self.kept].double().mean().item() if self.kept.any() else 1.0,
-            "clipped_share": _share(self.clipped),
-            "rejected_share": _share(~self.kept),
-            "vetoed_share": _share(self.vetoed),
+            "clipped_fraction": _fraction(self.clipped),
+            "rejected_fraction": _fraction(~self.kept),
+            "vetoed_fraction": _fraction(self.vetoed),
         }
 
 
@@ -141,5 +142,5 @@ def _at_level(
     return (total / lengths.clamp(min=1) if level == "geometric" else total)[response]
 
 
-def _share(mask: Bool[Tensor, "any"]) -> float:
+def _fraction(mask: Bool[Tensor, "any"]) -> float:
     return mask.double().mean().item() if mask.numel() else 0.0

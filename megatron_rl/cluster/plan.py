@@ -15,7 +15,7 @@ from megatron_rl.cluster.plan_speed import (
     GPUS,
     Gpu,
     Workload,
-    bubble_share,
+    bubble_fraction,
     generation,
     microbatches,
     step_time,
@@ -123,7 +123,7 @@ def _print_speed(out: Console, config: Config, arch: Architecture, gpu: Gpu, loa
     count = microbatches(config, load, dp)
     out.print(
         f"{count} micro-batches of {config.train.tokens_per_microbatch:,} tokens per optimizer step and replica; "
-        f"{bubble_share(config.parallel.pp_size, count):.1%} of a pass is pipeline bubble",
+        f"{bubble_fraction(config.parallel.pp_size, count):.1%} of a pass is pipeline bubble",
         soft_wrap=True,
     )
     size = sync_bytes(config, arch)

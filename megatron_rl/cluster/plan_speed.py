@@ -65,10 +65,10 @@ class Workload:
 
 def microbatches(config: Config, load: Workload, dp: int) -> int:
     """Micro-batches of one optimizer step on one replica."""
-    return max(math.ceil(load.tokens / config.train.minibatches / dp / config.train.tokens_per_microbatch), 1)
+    return max(math.ceil(load.tokens / config.train.num_minibatches / dp / config.train.tokens_per_microbatch), 1)
 
 
-def bubble_share(pp: int, count: int) -> float:
+def bubble_fraction(pp: int, count: int) -> float:
     """Share of a 1F1B pass in which a stage waits: (pp - 1) / (micro-batches + pp - 1); arXiv 2104.04473."""
     return (pp - 1) / (count + pp - 1)
 
@@ -89,7 +89,7 @@ def feed_forward_products(arch: Architecture) -> int:
     return arch.experts_per_token * expert_parameters(arch) + arch.experts * arch.hidden_size
 
 
-def feed_forward_share(arch: Architecture, length: float) -> float:
+def feed_forward_fraction(arch: Architecture, length: float) -> float:
     """Of the operations of a forward pass."""
     return 2 * arch.layers * feed_forward_products(arch) / flops_per_token(arch, length)
 
@@ -172,10 +172,10 @@ def step_time(config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: 
     speed = gpu.flops * TRAINING_EFFICIENCY * dp * parallel.model_size
     if config.model.precision == "fp8":
         speed *= gpu.low_precision.get("fp8", 1.0)
-    waiting = 1 - bubble_share(parallel.pp_size, microbatches(config, load, dp))
+    waiting = 1 - bubble_fraction(parallel.pp_size, microbatches(config, load, dp))
     length = load.prompt_tokens + load.response_tokens
     forward = load.tokens * flops_per_token(arch, length) / (speed * waiting)
-    again = {"none": 0.0, "selective": feed_forward_share(arch, length), "full": 1.0}[config.train.recompute]
+    again = {"none": 0.0, "selective": feed_forward_fraction(arch, length), "full": 1.0}[config.train.recompute]
     critic = float(needs_critic(config.algorithm))
     return StepTime(
         generate=load.sequences * load.response_tokens / sum(rates),

@@ -18,10 +18,10 @@ def check_training(train: Train, algorithm: Algorithm, parallel: Parallel) -> No
     Raises:
         ConfigError: naming the keys and the remedy.
     """
-    if train.prompts_per_step % train.minibatches:
+    if train.prompts_per_step % train.num_minibatches:
         raise ConfigError(
             f"train.prompts_per_step={train.prompts_per_step} is not divisible by "
-            f"train.minibatches={train.minibatches}; change one of them."
+            f"train.num_minibatches={train.num_minibatches}; change one of them."
         )
     if parallel.sequence_parallel and parallel.tp_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tp_size > 1; set it to false.")
@@ -125,10 +125,10 @@ def check_correction(correction: Correction) -> None:
 
 
 def _check_history(rollout: Rollout) -> None:
-    history, verify = rollout.history, rollout.verify
-    if history.mode != "off" and verify != "coupled":
+    history, sampler = rollout.history, rollout.sampler
+    if history.mode != "off" and sampler != "coupled":
         raise ConfigError(
-            f"rollout.history.mode={history.mode} needs rollout.verify=coupled, not {verify}; set one of them to its "
+            f"rollout.history.mode={history.mode} needs rollout.sampler=coupled, not {sampler}; set one of them to its "
             "default."
         )
     if math.isnan(history.lenience):
@@ -193,10 +193,10 @@ def _check_fleet(rollout: Rollout) -> None:
             f"rollout.precision_tail={rollout.precision_tail} needs engines with and without quantization; let "
             "rollout.quantization list both, such as [int8, none], or set precision_tail to 0."
         )
-    if rollout.verify != "coupled":
+    if rollout.sampler != "coupled":
         raise ConfigError(
-            "rollout.precision_tail goes on with a response's noise in another engine, which rollout.verify="
-            f"{rollout.verify} does not know; use coupled, or set precision_tail to 0."
+            "rollout.precision_tail goes on with a response's noise in another engine, which rollout.sampler="
+            f"{rollout.sampler} does not know; use coupled, or set precision_tail to 0."
         )
     for name in ("presence_penalty", "frequency_penalty"):
         if name in rollout.sampling:
@@ -293,10 +293,10 @@ def check_overlap(rollout: Rollout, algorithm: Algorithm, drafter: Drafter) -> N
 
 
 def _check_sampling(rollout: Rollout, setting: str) -> None:
-    if rollout.verify != "coupled":
+    if rollout.sampler != "coupled":
         raise ConfigError(
-            f"{setting} goes on with a response's noise after new weights, which rollout.verify={rollout.verify} does "
-            "not know; set it to coupled."
+            f"{setting} goes on with a response's noise after new weights, which rollout.sampler={rollout.sampler} "
+            "does not know; set it to coupled."
         )
     for name in ("presence_penalty", "frequency_penalty"):
         if name in rollout.sampling:

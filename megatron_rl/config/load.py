@@ -112,8 +112,19 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+RENAMED = {
+    "rollout.verify": "rollout.sampler",
+    "rollout.partial_share": "rollout.partial_fraction",
+    "train.minibatches": "train.num_minibatches",
+    "data.arithmetic.direct_share": "data.arithmetic.direct_fraction",
+}
+"""Keys that had other names."""
+
+
 def suggestion(path: list[str]) -> str:
-    """What to say after the name of a key that does not exist: the nearest key, or the keys there are."""
+    """What to say after the name of a key that does not exist: its new name, the nearest key, or the keys there are."""
+    if (key := ".".join(path)) in RENAMED:
+        return f"; it is called {RENAMED[key]} now"
     keys = all_keys()
     parent = ".".join(path[:-1])
     siblings = [key for key in keys if key.rpartition(".")[0] == parent]

@@ -120,7 +120,7 @@ def check_world_size(config: "Config", world_size: int) -> None:
             f"parallel.dp_size={parallel.dp_size} but {world_size} trainer processes with tp x pp x cp = {model_size} "
             f"give {dp}; start {parallel.dp_size * model_size} processes or set parallel.dp_size to null."
         )
-    per_minibatch = config.train.prompts_per_step // config.train.minibatches
+    per_minibatch = config.train.prompts_per_step // config.train.num_minibatches
     if per_minibatch * config.algorithm.group_size < dp:
         raise ConfigError(
             f"a mini-batch of {per_minibatch} prompts x {config.algorithm.group_size} samples cannot be split over "

@@ -11,15 +11,20 @@ from megatron_rl.config.section import Section
 Quantization = Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"]
 
 
+RENAMED_RULES = {"beg": "epsilon_greedy", "model": "thompson"}
+"""Values of `rollout.speculation.adaptive` that had other names."""
+
+
 class Speculation(Section):
     """Drafts that the engines verify: they change how fast tokens come, never which."""
 
     drafters: list[Literal["ngram", "eagle"]] = ["ngram"]
     """Where drafts come from. ngram: what followed the same tokens before, in the request, its group or any other;
     eagle: the trained head of section `drafter`."""
-    adaptive: Literal["off", "static", "beg", "model"] = "off"
-    """off: no drafts; static: always `max_draft_tokens`; beg: per batch size the number that gave most tokens a second
-    (epsilon-greedy); model: the number that a latency and acceptance model, learned while running, predicts best."""
+    adaptive: Literal["off", "static", "epsilon_greedy", "thompson"] = "off"
+    """off: no drafts; static: always `max_draft_tokens`; epsilon_greedy: per batch size the number that gave most
+    tokens a second; thompson: the number that a latency and acceptance model, learned while running, predicts best
+    (Thompson sampling)."""
     max_draft_tokens: int = Field(8, ge=1, le=64)
     """Most draft tokens per request and step."""
     memory_mb: PositiveInt = 256
@@ -32,7 +37,9 @@ class Speculation(Section):
 
     @field_validator("adaptive", mode="before")
     @classmethod
-    def _off_is_no_boolean(cls, value: Any) -> Any:
+    def _accept_off_and_name_successors(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in RENAMED_RULES:
+            raise ConfigError(f"rollout.speculation.adaptive={value} is called {RENAMED_RULES[value]} now.")
         # YAML 1.1 reads a bare `off` as false.
         return "off" if value is False else value
 
@@ -56,7 +63,7 @@ class Rollout(Section):
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Further options of vLLM's SamplingParams for all rollouts, e.g. `top_p: 0.95`, `min_tokens: 8`. The log-probs are
     those of the distribution that they leave, which the trainer's are not."""
-    verify: Literal["coupled", "rejection"] = "coupled"
+    sampler: Literal["coupled", "rejection"] = "coupled"
     """How tokens are sampled and drafts verified. coupled: by the seed's noise, so that rollouts are reproducible and
     the same with any drafts; rejection: by vLLM's own rule, for comparison."""
     speculation: Speculation = Speculation()
@@ -89,7 +96,7 @@ class Rollout(Section):
     partial: bool = False
     """A step begins as soon as enough prompts are answered; responses that are not finished then go on in the next one.
     Their first tokens are of older weights (see `docs/async.md`)."""
-    partial_share: PositiveFloat = 0.25
+    partial_fraction: PositiveFloat = 0.25
     """For partial: prompts under way beyond those that a step needs, as a share of `train.prompts_per_step`."""
     verify_weights: bool = False
     """After every sync compare checksums of the engines' weights with the trainer's, and stop when they differ."""

@@ -52,7 +52,7 @@ class Config(Section):
         """
         kl = self.algorithm.kl
         needed_before = (
-            self.train.minibatches > 1,
+            self.train.num_minibatches > 1,
             self.algorithm.correction.compares_responses,
             kl.coef > 0 and kl.place == "reward",
             self.rollout.speculation.uses_head and self.drafter.trains,

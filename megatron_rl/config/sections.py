@@ -77,7 +77,7 @@ class Arithmetic(Section):
     """Fewest doublings, which are the steps of a solution: 2 for `*04`."""
     max_doublings: int = Field(6, ge=1, le=6)
     """Most doublings: 6 for `*64`."""
-    direct_share: float = Field(0.65, ge=0, le=1)
+    direct_fraction: float = Field(0.65, ge=0, le=1)
     """Share of demonstrations (for `sft`) that answer at once, without writing out the steps."""
     train_size: PositiveInt = 20_000
     """Number of training problems."""
@@ -146,7 +146,7 @@ class Train(Section):
     """RL steps (for `sft`: optimizer steps)."""
     prompts_per_step: PositiveInt = 32
     """Prompts per RL step, each sampled `algorithm.group_size` times (for `sft`: demonstrations per step)."""
-    minibatches: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
     """Optimizer steps per RL step."""
     tokens_per_microbatch: PositiveInt = 4096
     """Token budget of one micro-batch; whole sequences are packed into it."""

@@ -43,7 +43,7 @@ def arithmetic_problem(arithmetic: Arithmetic, seed: int, index: int, heldout: b
         if is_heldout(number, doublings) == heldout:
             break
     digits, factor = arithmetic.digits, 2**doublings
-    steps = "" if draw.random() < arithmetic.direct_share else worked_steps(number, doublings, digits)
+    steps = "" if draw.random() < arithmetic.direct_fraction else worked_steps(number, doublings, digits)
     product = number * factor
     return Problem(f"{number:0{digits}d}*{factor:02d}?", str(product), f"{steps}={product:0{digits}d}")
 

@@ -36,7 +36,7 @@ class Turn:
     seconds: float
     rollouts: list[Rollout]
     counts: SpeculationCounts | None
-    verify_share: float
+    verify_fraction: float
 
 
 def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
@@ -59,7 +59,7 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
 def take_turn(
     fleet: RolloutFleet, variant: str, most: int, requests: list[RolloutRequest], concurrency: int | None = None
 ) -> Turn:
-    """Let the fleet's first engine generate, `plain` or by the rule `static`, `beg` or `model`.
+    """Let the fleet's first engine generate, `plain` or by the rule `static`, `epsilon_greedy` or `thompson`.
 
     A rule uses at most `most` drafts of all the engine's drafters; `RULE:DRAFTER:K` those of one, and its own number.
 
@@ -114,7 +114,7 @@ class SpeculationBench:
         """
         if config.rollout.speculation.adaptive == "off":
             raise ConfigError(
-                "rollout.speculation.adaptive=off leaves nothing to compare; choose static, beg or model."
+                "rollout.speculation.adaptive=off leaves nothing to compare; choose static, epsilon_greedy or thompson."
             )
         self.config = config
         self._prompts = load_prompts(
@@ -234,7 +234,7 @@ def _row(batch: int, variant: str, turns: list[Turn], relative: float, plain: li
     tokens, seconds = sum(turn.tokens for turn in turns), sum(turn.seconds for turn in turns)
     counts = [turn.counts for turn in turns if turn.counts is not None]
     verifications = sum(count.verifications for count in counts)
-    verify = statistics.fmean(turn.verify_share for turn in turns)
+    verify = statistics.fmean(turn.verify_fraction for turn in turns)
     draft = sum(count.draft_seconds for count in counts) / max(sum(count.seconds for count in counts), 1e-9)
     same = sum(
         mine.token_ids == other.token_ids

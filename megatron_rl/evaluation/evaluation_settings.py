@@ -88,7 +88,7 @@ def settings(config: Config) -> dict[str, Any]:
                 "max_tokens",
                 "temperature",
                 "sampling",
-                "verify",
+                "sampler",
                 "quantization",
                 "quantization_skip",
                 "quantization_profile",

@@ -85,6 +85,6 @@ class DynamicSampling:
         teaching = sum(group.teaches for group in self.groups)
         return {
             "sampling/prompts": float(len(self.groups)),
-            "sampling/dropped_share": 1 - teaching / len(self.groups),
+            "sampling/dropped_fraction": 1 - teaching / len(self.groups),
             "sampling/filled_prompts": float(self._wanted - teaching),
         }

@@ -87,7 +87,7 @@ def gap_metrics(
         metrics |= {
             f"precision/{name}/logprob_gap_mean": gap["mean_abs"],
             f"precision/{name}/logprob_gap_max": gap["max_abs"],
-            f"precision/{name}/clipped_share": correction.clipped[own].double().mean().item(),
-            f"precision/{name}/rejected_share": (~correction.kept[own]).double().mean().item(),
+            f"precision/{name}/clipped_fraction": correction.clipped[own].double().mean().item(),
+            f"precision/{name}/rejected_fraction": (~correction.kept[own]).double().mean().item(),
         }
     return metrics

@@ -26,7 +26,7 @@ class Pool:
         """`ask` gives the group with a number; called once for each, in their order."""
         self._config, self._ask = config, ask
         self._wanted, self._partial = config.train.prompts_per_step, config.rollout.partial
-        self._extra = math.ceil(config.rollout.partial_share * self._wanted) if self._partial else 0
+        self._extra = math.ceil(config.rollout.partial_fraction * self._wanted) if self._partial else 0
         self._next = 0
         self._groups: dict[int, Group] = {}
         self._numbers: dict[tuple[str, int], int] = {}

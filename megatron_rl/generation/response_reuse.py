@@ -105,7 +105,7 @@ class Reuse:
         if self._settings.mode == "off":
             return {}
         drift = Drift(self._log_ratios(rollouts))
-        metrics = reuse_metrics(rollouts) | {"history/found_share": self._found / len(rollouts)}
+        metrics = reuse_metrics(rollouts) | {"history/found_fraction": self._found / len(rollouts)}
         if self._pasts:
             metrics["history/prefix_mean"] = metrics["history/reused_tokens"] / len(self._pasts)
         if self._settings.mode == "lenient":
@@ -164,5 +164,5 @@ def reuse_metrics(rollouts: Sequence[Rollout]) -> Metrics:
         "history/reused_tokens": float(sum(reused)),
         "history/drafted_tokens": float(drafted),
         "history/generated_tokens": float(tokens - sum(reused) - drafted),
-        "history/full_reuse_share": whole / len(rollouts),
+        "history/full_reuse_fraction": whole / len(rollouts),
     }

@@ -26,7 +26,7 @@ def _rollout_metrics(rollouts: list[Rollout], rewards: list[float], seconds: flo
         "reward/std": reward.std(correction=0),
         "response/length_mean": lengths.mean(),
         "response/length_max": lengths.max(),
-        "response/truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "response/truncated_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "throughput/generated_tokens_per_s": lengths.sum() / seconds,
     }
     for percent in PERCENTILES:

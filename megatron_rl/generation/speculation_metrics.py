@@ -35,18 +35,18 @@ def speculation_metrics(
     drafted = sum(count.drafted for count in counts)
     seconds = sum(count.seconds for count in counts)
     metrics = {
-        "speculation/draft_token_share": from_drafts / tokens,
+        "speculation/draft_token_fraction": from_drafts / tokens,
         "speculation/tokens_per_verification": sum(count.emitted for count in counts)
         / max(sum(count.verifications for count in counts), 1),
-        "speculation/accepted_share": sum(count.accepted for count in counts) / max(drafted, 1),
-        "speculation/draft_time_share": sum(count.draft_seconds for count in counts) / max(seconds, 1e-9),
+        "speculation/accepted_fraction": sum(count.accepted for count in counts) / max(drafted, 1),
+        "speculation/draft_time_fraction": sum(count.draft_seconds for count in counts) / max(seconds, 1e-9),
     }
     for drafter in drafters:
         drafted = sum(count.drafted_by[drafter] for count in counts)
         metrics[f"speculation/drafted/{drafter}"] = float(drafted)
         if drafted:
             accepted = sum(count.accepted_by[drafter] for count in counts)
-            metrics[f"speculation/accepted_share/{drafter}"] = accepted / drafted
+            metrics[f"speculation/accepted_fraction/{drafter}"] = accepted / drafted
     chosen = sum((count.chosen for count in counts), start=Counter[tuple[int, str]]())
     for (bucket, arm), steps in sorted(chosen.items()):
         metrics[f"speculation/steps/batch_{bucket}/{arm}"] = float(steps)

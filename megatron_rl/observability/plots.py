@@ -148,7 +148,7 @@ def time_per_phase(records: Records, file: Path) -> bool:
 def speculation(records: Records, file: Path) -> bool:
     """Tokens per verification and the share of tokens that came from drafts, per step."""
     steps, accepted = series(records, "speculation/tokens_per_verification")
-    share_steps, share = series(records, "speculation/draft_token_share")
+    share_steps, share = series(records, "speculation/draft_token_fraction")
     if not steps or not share_steps:
         return False
     with _figure(file, "training step", "tokens per verification") as axes:

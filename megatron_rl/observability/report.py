@@ -31,7 +31,7 @@ SETTINGS = (
     "rollout.engines",
     "rollout.max_tokens",
     "rollout.temperature",
-    "rollout.verify",
+    "rollout.sampler",
     "rollout.quantization",
     "rollout.precision_tail",
     "rollout.history.mode",
@@ -108,7 +108,7 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
 
 def speculation_line(records: Records) -> str:
     """What drafts gave over the run, in one sentence; empty without speculation."""
-    _, share = plots.series(records, "speculation/draft_token_share")
+    _, share = plots.series(records, "speculation/draft_token_fraction")
     _, accepted = plots.series(records, "speculation/tokens_per_verification")
     if not share or not accepted:
         return ""

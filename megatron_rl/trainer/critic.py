@@ -46,14 +46,14 @@ class Critic(Trainer):
         Returns:
             On rank 0 the metrics `critic/...` of docs/metrics.md, elsewhere an empty dict.
         """
-        parts, clip = self.config.train.minibatches, self.config.algorithm.critic.clip
+        parts, clip = self.config.train.num_minibatches, self.config.algorithm.critic.clip
         size = len(batch.prompts) // parts
 
         def loss(microbatch: Microbatch, values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             given = microbatch.values
             per_token, clipped = value_loss(values, given["values"], given["returns"], clip)
             total = (given["weights"] * per_token).sum()
-            return total, {"loss": total.detach(), "clip_share": (given["weights"] * clipped).sum()}
+            return total, {"loss": total.detach(), "clip_fraction": (given["weights"] * clipped).sum()}
 
         collected: list[Metrics] = []
         for part in range(parts):
@@ -62,7 +62,7 @@ class Critic(Trainer):
             collected.append(self._optimize(minibatch, loss, progress))
         if not self.runtime.is_driver:
             return {}
-        names = ("loss", "clip_share", "grad_norm", "lr")
+        names = ("loss", "clip_fraction", "grad_norm", "lr")
         metrics = {f"critic/{name}": sum(metrics[name] for metrics in collected) / parts for name in names}
         values, returns = batch.values["values"], batch.values["returns"]
         return metrics | {

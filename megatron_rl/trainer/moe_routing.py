@@ -60,5 +60,5 @@ def load_metrics(counts: Float[torch.Tensor, "layers experts"]) -> dict[str, flo
     return {
         "moe/load_max": float(shares.max()) * experts,
         "moe/load_entropy": float(torch.special.entr(shares).sum(1).mean()) / math.log(experts),
-        "moe/idle_share": float((counts == 0).float().mean()),
+        "moe/idle_fraction": float((counts == 0).float().mean()),
     }

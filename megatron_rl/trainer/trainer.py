@@ -65,7 +65,7 @@ class Trainer(Policy):
         self.weights = PolicyWeights(self.model, arch)
         self.routing = Routing(self.model, config) if arch.experts else None
         self.updates = 0
-        self.total_updates = train.steps * train.minibatches
+        self.total_updates = train.steps * train.num_minibatches
         """Those that the schedule of the learning rate spans."""
         self._guard = UpdateGuard(runtime, train.max_skipped_updates)
         self.correction: TokenCorrection
@@ -74,7 +74,7 @@ class Trainer(Policy):
         """Of its batch before it, float32 [tokens] on the CPU."""
 
     def update(self, batch: Batch, progress: Progress | None = None) -> Metrics:
-        """One RL update: `train.minibatches` optimizer steps on consecutive parts of the batch.
+        """One RL update: `train.num_minibatches` optimizer steps on consecutive parts of the batch.
 
         `batch` carries rollout_logprobs, advantages, with a KL penalty ref_logprobs, and old_logprobs. Without the
         last, the log-probs of the update's own forward pass are taken for them (see `Config.scores_in_update`).
@@ -88,7 +88,7 @@ class Trainer(Policy):
             ValueError: there are no old_logprobs, but several mini-batches or a correction that compares responses.
             RuntimeError: on all ranks, after `train.max_skipped_updates` in a row that were not finite.
         """
-        parts = self.config.train.minibatches
+        parts = self.config.train.num_minibatches
         if "old_logprobs" not in batch.values and (parts > 1 or self.config.algorithm.correction.compares_responses):
             raise ValueError("mini-batches and corrections that compare responses need old_logprobs before the update")
         size = len(batch.prompts) // parts

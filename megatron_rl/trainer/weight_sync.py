@@ -190,7 +190,7 @@ def rounding_metrics(parts: Sequence[Mapping[str, "Rounding"]], bound: float) ->
     return {
         "quantization/weight_error_mean": sum(rounding.error for rounding, _ in layers) / len(layers),
         "quantization/weight_error_max": worst.error,
-        "quantization/clipped_share": sum(rounding.clipped for rounding, _ in layers) / len(layers),
+        "quantization/clipped_fraction": sum(rounding.clipped for rounding, _ in layers) / len(layers),
     }
 
 

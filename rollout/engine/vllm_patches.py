@@ -4,7 +4,7 @@ when, and four for engines of others (at the end):
 - `GPUModelRunner._sample`: plain sampling and the verification of drafts are one call of `rollout.sampling.verify`.
 - `SpecDecodeBaseProposer._sample_draft_tokens`: draft models and EAGLE heads draw with the same noise, so that a draft
   agrees whenever drafter and policy agree, also at temperature 1.
-- `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.verify: rejection`: vLLM 0.32 leaves its result
+- `rejection_sampler.expand_batch_to_tokens`, on CPU, for `rollout.sampler: rejection`: vLLM 0.32 leaves its result
   uninitialised there, which gives drafts the wrong temperature.
 - `GPUModelRunner.execute_model`: a step without drafts takes the plain path, also in an engine that could draft, unless
   an EAGLE head is to draft after it. And no length is too long for the head: vLLM would hand out drafts of zeros to all

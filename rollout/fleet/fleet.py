@@ -87,7 +87,7 @@ class RolloutFleet:
         self._arguments = [
             (
                 engine_arguments(config, environment, model_path, drafter_path, index),
-                rollout.verify == "coupled",
+                rollout.sampler == "coupled",
                 rollout.sampling,
                 precision,
             )
@@ -102,7 +102,7 @@ class RolloutFleet:
         self._max_restarts = config.rollout.max_restarts
         self._on_restart = on_restart
         self._policy_version = 0
-        self._tail_share = rollout.precision_tail
+        self._tail_fraction = rollout.precision_tail
         self._counts = PrecisionCounts()
         self._sleep_level, self._asleep = rollout.sleep, False
         self._owns_ray = not ray.is_initialized()
@@ -138,11 +138,11 @@ class RolloutFleet:
             raise ValueError("two requests have the same prompt id, sample index and epoch")
         if self._asleep:
             raise RuntimeError("the engines sleep; wake them up, and give them weights, before they generate.")
-        if not self._tail_share:
+        if not self._tail_fraction:
             return self._run(deal(requests, [engine.precision for engine in self._engines]), more)
         quantized = [engine.precision for engine in self._engines if engine.precision != "none"]
         backlog = deal(requests, quantized)
-        size = int(self._tail_share * len(requests))
+        size = int(self._tail_fraction * len(requests))
         return self._run_with_tail(backlog, requests, Tail(len(requests), size)) if size else self._run(backlog)
 
     def _run_with_tail(self, backlog: Backlog, requests: list[RolloutRequest], tail: Tail) -> Generator[Rollout]:

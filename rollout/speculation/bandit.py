@@ -9,7 +9,7 @@ engines or tensors. Terms:
 - rows: what the model computes in the step, the batch plus all draft tokens.
 - rate: tokens emitted per second, which every controller maximises.
 
-`beg` is bucketed epsilon-greedy over a sliding window (the rule of FastRL's tuner, per bucket). `model`
+`epsilon_greedy` is bucketed epsilon-greedy over a sliding window (the rule of FastRL's tuner, per bucket). `thompson`
 predicts the rate of every arm from a latency model and acceptance estimates and draws both from their uncertainty
 (Thompson sampling), so that it needs few trials per bucket and arm.
 """
@@ -123,11 +123,11 @@ def make_controller(kind: str, drafters: Sequence[str], max_draft_tokens: int, s
     arms = make_arms(drafters, max_draft_tokens)
     if kind == "static":
         return StaticController(Arm(drafters[0], max_draft_tokens))
-    if kind == "beg":
-        return BegController(arms, seed=seed)
-    if kind == "model":
-        return ModelController(arms, seed=seed)
-    raise ConfigError(f"rollout.speculation.adaptive={kind!r} is not one of off, static, beg, model.")
+    if kind == "epsilon_greedy":
+        return EpsilonGreedyController(arms, seed=seed)
+    if kind == "thompson":
+        return ThompsonController(arms, seed=seed)
+    raise ConfigError(f"rollout.speculation.adaptive={kind!r} is not one of off, static, epsilon_greedy, thompson.")
 
 
 class StaticController:
@@ -197,7 +197,7 @@ class _Holding:
         return arm
 
 
-class BegController:
+class EpsilonGreedyController:
     """Bucketed epsilon-greedy: per bucket the arm with the highest rate of late, now and then another one.
 
     The rate is the mean of the tokens over the median of the seconds: a pause is an outlier, but a step that emits many
@@ -258,7 +258,7 @@ def _rate(steps: deque[tuple[float, float]]) -> float:
     return fmean(tokens) / median(seconds)
 
 
-class ModelController:
+class ThompsonController:
     """Predicts each arm's rate from latency(batch, draft tokens) and the acceptance of its drafts.
 
     Every drafter has a latency model of its own, because making drafts costs time too; steps without drafts belong to

@@ -92,9 +92,9 @@ def test_equal_log_probs_change_nothing(correction):
     assert corrected.kept.all()
     assert corrected.metrics() == {
         "weight_mean": 1.0,
-        "clipped_share": 0.0,
-        "rejected_share": 0.0,
-        "vetoed_share": 0.0,
+        "clipped_fraction": 0.0,
+        "rejected_fraction": 0.0,
+        "vetoed_fraction": 0.0,
     }
 
 
@@ -115,20 +115,30 @@ def test_no_gradient_flows_through_a_weight(correction):
 def test_no_tokens_and_only_rejected_tokens_give_no_nan(correction):
     nothing = _correct(correction, torch.empty(0), torch.empty(0), torch.tensor([0, 0]))
     assert nothing.weights.tolist() == []
-    assert nothing.metrics() == {"weight_mean": 1.0, "clipped_share": 0.0, "rejected_share": 0.0, "vetoed_share": 0.0}
+    assert nothing.metrics() == {
+        "weight_mean": 1.0,
+        "clipped_fraction": 0.0,
+        "rejected_fraction": 0.0,
+        "vetoed_fraction": 0.0,
+    }
     strict = correction.model_copy(update={"veto": 0.5})
     rejected = _correct(strict, torch.full((6,), -100.0), torch.zeros(6))
     assert rejected.weights.tolist() == [0.0] * 6
-    assert rejected.metrics() == {"weight_mean": 1.0, "clipped_share": 0.0, "rejected_share": 1.0, "vetoed_share": 0.75}
+    assert rejected.metrics() == {
+        "weight_mean": 1.0,
+        "clipped_fraction": 0.0,
+        "rejected_fraction": 1.0,
+        "vetoed_fraction": 0.75,
+    }
 
 
 def test_correction_metrics_by_hand():
     # Response 4 is vetoed, and token 3 is cut.
     assert _correct(Correction(cap=2.5, veto=0.3)).metrics() == pytest.approx(
-        {"weight_mean": 7.5 / 5, "clipped_share": 1 / 6, "rejected_share": 1 / 6, "vetoed_share": 1 / 4}
+        {"weight_mean": 7.5 / 5, "clipped_fraction": 1 / 6, "rejected_fraction": 1 / 6, "vetoed_fraction": 1 / 4}
     )
     assert _correct(FORMS["token-mask"]).metrics() == pytest.approx(
-        {"weight_mean": 5 / 4, "clipped_share": 0, "rejected_share": 2 / 6, "vetoed_share": 0}
+        {"weight_mean": 5 / 4, "clipped_fraction": 0, "rejected_fraction": 2 / 6, "vetoed_fraction": 0}
     )
 
 

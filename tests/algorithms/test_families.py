@@ -119,7 +119,7 @@ def learn(name, tokens, **settings):
     """Loss, clipped share and gradient."""
     loss, metrics = policy_objective(tokens, load_algorithm(Algorithm(name=name, **settings)))
     (gradient,) = torch.autograd.grad(loss, tokens.new_logprobs)
-    return loss.item(), metrics["clip_share"].item(), gradient.tolist()
+    return loss.item(), metrics["clip_fraction"].item(), gradient.tolist()
 
 
 def test_gspo_takes_the_geometric_mean_of_the_response():

@@ -47,7 +47,7 @@ def test_all_terms_by_hand():
         {
             "loss": loss.item(),
             "policy_loss": policy,
-            "clip_share": 1 / 4,
+            "clip_fraction": 1 / 4,
             "entropy": 3 / 4,
             "kl": 2.5 / 4,
             "update_kl": (1.5 - 1 - math.log(1.5)) / 4,

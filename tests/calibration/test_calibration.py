@@ -270,7 +270,7 @@ def test_metrics_name_the_worst_layer_of_all_engines(caplog: pytest.LogCaptureFi
         {
             "quantization/weight_error_mean": 0.07,
             "quantization/weight_error_max": 0.24,
-            "quantization/clipped_share": 0.1,
+            "quantization/clipped_fraction": 0.1,
         }
     )
     assert not caplog.records

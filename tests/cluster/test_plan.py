@@ -18,7 +18,7 @@ from megatron_rl.cluster.plan_speed import (
     GPUS,
     StepTime,
     Workload,
-    bubble_share,
+    bubble_fraction,
     flops_per_token,
     generation,
     idle_experts,
@@ -160,10 +160,10 @@ def test_engines_round_their_linear_layers_only() -> None:
 
 
 def test_bubbles_and_micro_batches() -> None:
-    assert bubble_share(1, 5) == 0
-    assert bubble_share(4, 12) == pytest.approx(3 / 15)
+    assert bubble_fraction(1, 5) == 0
+    assert bubble_fraction(4, 12) == pytest.approx(3 / 15)
     load = Workload(512, 1536, 64)
-    assert microbatches(config(train={"tokens_per_microbatch": 8192, "minibatches": 2}), load, dp=4) == 2
+    assert microbatches(config(train={"tokens_per_microbatch": 8192, "num_minibatches": 2}), load, dp=4) == 2
 
 
 def test_decoding_reads_the_weights_with_few_requests() -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,27 @@ def test_a_bare_off_is_understood(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("model: {path: m}\nrun_dir: r\nrollout: {speculation: {adaptive: off}}\n")
     assert load_config(file, []).rollout.speculation.adaptive == "off"
-    assert load_config(file, ["rollout.speculation.adaptive=beg"]).rollout.speculation.adaptive == "beg"
+    assert (
+        load_config(file, ["rollout.speculation.adaptive=epsilon_greedy"]).rollout.speculation.adaptive
+        == "epsilon_greedy"
+    )
     with pytest.raises(ConfigError, match=r"rollout\.speculation\.adaptive"):
         load_config(file, ["rollout.speculation.adaptive=best"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rollout.verify=coupled", "rollout.sampler"),
+        ("rollout.partial_share=0.5", "rollout.partial_fraction"),
+        ("train.minibatches=2", "train.num_minibatches"),
+        ("data.arithmetic.direct_share=0.5", "data.arithmetic.direct_fraction"),
+        ("rollout.speculation.adaptive=beg", "epsilon_greedy"),
+        ("rollout.speculation.adaptive=model", "thompson"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text("model: {path: m}\nrun_dir: r\n")
+    with pytest.raises(ConfigError, match=f"called {re.escape(new)} now"):
+        load_config(file, [old])

@@ -30,9 +30,9 @@ def _refused(*parts, **sections):
 
 
 def test_sections_must_fit_each_other():
-    _refused("train.prompts_per_step=32", "train.minibatches=5", train={"minibatches": 5})
+    _refused("train.prompts_per_step=32", "train.num_minibatches=5", train={"num_minibatches": 5})
     _refused("parallel.tp_size > 1", parallel={"sequence_parallel": True})
-    eagle = {"speculation": {"drafters": ["eagle"], "adaptive": "model"}}
+    eagle = {"speculation": {"drafters": ["eagle"], "adaptive": "thompson"}}
     _refused("parallel.cp_size=2", "eagle", parallel={"cp_size": 2}, rollout=eagle)
     _refused("train.tokens_per_microbatch=100", "at least 2048", train={"tokens_per_microbatch": 100})
     mixed = {"quantization": ["none", "int8"], "engines": 2, "precision_tail": 0.1}
@@ -48,10 +48,10 @@ def test_old_log_probs_come_from_the_update_unless_they_are_needed_before_it():
     assert _config().scores_in_update
     assert _config(algorithm={"correction": {"level": "sequence", "reused": "leave"}}).scores_in_update
     assert _config(algorithm={"kl": {"coef": 0.1}}).scores_in_update
-    head = {"rollout": {"speculation": {"drafters": ["eagle"], "adaptive": "model"}}}
+    head = {"rollout": {"speculation": {"drafters": ["eagle"], "adaptive": "thompson"}}}
     assert _config(**head, drafter={"fill": []}).scores_in_update
     before = [
-        {"train": {"minibatches": 2}},
+        {"train": {"num_minibatches": 2}},
         head,
         {"algorithm": {"name": "ppo", "kl": {"coef": 0.1, "place": "reward"}}},
         *({"algorithm": {"correction": form}} for form in ({"kind": "mask"}, {"veto": 0.1}, {"normalize": True})),
@@ -182,7 +182,7 @@ def test_the_number_of_processes_must_fit():
 
 
 def test_a_mini_batch_must_reach_every_data_parallel_rank():
-    small = {"prompts_per_step": 4, "minibatches": 4}
+    small = {"prompts_per_step": 4, "num_minibatches": 4}
     with pytest.raises(ConfigError, match="1 prompts x 8 samples cannot be split over 16"):
         check_world_size(_config(train=small), 16)
     check_world_size(_config(train=small), 8)

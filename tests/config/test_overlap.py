@@ -24,10 +24,10 @@ def make(rollout: dict, **sections: dict) -> Config:
         ({"history": {"mode": "lenient"}}, {}, "rollout.history.mode"),
         ({"quantization": ["int8", "none"], "engines": 2}, {}, "rollout.quantization"),
         ({"quantization": ["int8", "none"], "engines": 2, "precision_tail": 0.1}, {}, "rollout.quantization"),
-        ({"verify": "rejection"}, {}, "rollout.verify"),
+        ({"sampler": "rejection"}, {}, "rollout.sampler"),
         ({"sampling": {"presence_penalty": 0.1}}, {}, "rollout.sampling.presence_penalty"),
         (
-            {"speculation": {"drafters": ["eagle"], "adaptive": "model"}},
+            {"speculation": {"drafters": ["eagle"], "adaptive": "thompson"}},
             {"drafter": {"fill": ["tails"]}},
             "drafter.fill",
         ),
@@ -47,7 +47,7 @@ def test_engines_do_not_sleep_while_they_generate() -> None:
 
 
 def test_both_go_with_drafts_quantization_and_each_other() -> None:
-    make(ASYNC | PARTIAL | {"quantization": "int8", "speculation": {"adaptive": "model"}})
+    make(ASYNC | PARTIAL | {"quantization": "int8", "speculation": {"adaptive": "thompson"}})
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_an_entry_that_names_nothing_is_refused(entry: str) -> None:
         ("bf16", {"quantization": ["none", "int8"], "engines": 2, "verify_weights": True}, ["quantization=int8"]),
         ("bf16", {"precision_tail": 0.1}, ["rollout.precision_tail=0.1", "[int8, none]"]),
         ("bf16", {"precision_tail": 0.1, "quantization": "int8", "engines": 2}, ["rollout.precision_tail=0.1"]),
-        ("bf16", {**MIXED, "precision_tail": 0.1, "verify": "rejection"}, ["precision_tail", "verify=rejection"]),
+        ("bf16", {**MIXED, "precision_tail": 0.1, "sampler": "rejection"}, ["precision_tail", "sampler=rejection"]),
         ("bf16", {**MIXED, "precision_tail": 0.1, "sampling": {"presence_penalty": 1.0}}, ["presence_penalty"]),
         ("bf16", {"sleep": 1, "placement": "separate"}, ["rollout.sleep=1", "rollout.placement=separate"]),
         (

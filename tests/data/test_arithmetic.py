@@ -4,7 +4,7 @@ from megatron_rl.config.sections import Arithmetic
 from megatron_rl.data.arithmetic import arithmetic_problem, arithmetic_problems, is_heldout, worked_steps
 from megatron_rl.rewards.builtin import last_number
 
-MIXED = Arithmetic(digits=4, min_doublings=1, max_doublings=5, direct_share=0.5, train_size=600, eval_size=300)
+MIXED = Arithmetic(digits=4, min_doublings=1, max_doublings=5, direct_fraction=0.5, train_size=600, eval_size=300)
 
 
 def _numbers(problem):
@@ -56,11 +56,11 @@ def test_sizes_and_doublings_are_as_configured():
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 240, 360), (1.0, 600, 600)])
 def test_the_share_of_direct_answers_is_as_configured(share, low, high):
-    problems = arithmetic_problems(MIXED.model_copy(update={"direct_share": share}), 0, heldout=False)
+    problems = arithmetic_problems(MIXED.model_copy(update={"direct_fraction": share}), 0, heldout=False)
     assert low <= sum(problem.response.startswith("=") for problem in problems) <= high
 
 
 def test_default_responses_have_uneven_lengths_of_tens_of_characters():
-    problems = arithmetic_problems(Arithmetic(direct_share=0.0), 0, heldout=True)
+    problems = arithmetic_problems(Arithmetic(direct_fraction=0.0), 0, heldout=True)
     assert {len(problem.response) for problem in problems} == {24, 33, 42, 51, 60}
     assert len({problem.prompt for problem in problems}) > 230

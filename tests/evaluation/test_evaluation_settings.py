@@ -50,7 +50,11 @@ def test_mistakes_are_one_sentence(config: Config, tmp_path: Path) -> None:
         for_evaluation(config, None, ["gsm8k", "gsm8k=a.jsonl"], None, None)
     with pytest.raises(ConfigError, match="would write the same file"):
         for_evaluation(config, None, ["a/b.jsonl", "a_b.jsonl"], None, None)
-    drafting = {"speculation": config.rollout.speculation.model_copy(update={"drafters": ["eagle"], "adaptive": "beg"})}
+    drafting = {
+        "speculation": config.rollout.speculation.model_copy(
+            update={"drafters": ["eagle"], "adaptive": "epsilon_greedy"}
+        )
+    }
     with_head = config.model_copy(update={"rollout": config.rollout.model_copy(update=drafting)})
     with pytest.raises(ConfigError, match=r"no trained head; set drafter\.path"):
         for_evaluation(with_head, None, [], None, None)

@@ -60,7 +60,7 @@ def test_the_first_prompts_that_differ_are_chosen_whatever_the_order(seed: int):
     assert [[score.value for score in group.scores] for group in sampling.chosen()] == [[0, 1, 0], [1, 0, 1], [0, 0, 1]]
     assert sampling.metrics() == {
         "sampling/prompts": 8,
-        "sampling/dropped_share": 5 / 8,
+        "sampling/dropped_fraction": 5 / 8,
         "sampling/filled_prompts": 0,
     }
 
@@ -90,7 +90,7 @@ def test_penalties_are_no_difference():
     with DynamicSampling(1, 2, make_group, penalized) as sampling:
         drive(sampling, random.Random(0))
     assert len(sampling.groups) == 2
-    assert sampling.metrics()["sampling/dropped_share"] == 1
+    assert sampling.metrics()["sampling/dropped_fraction"] == 1
 
 
 def test_a_slow_reward_keeps_the_engines_busy_and_idle_engines_wait_for_it():

@@ -149,7 +149,7 @@ def test_engines_sleep_after_the_rollouts_of_a_step_and_not_after_an_evaluation(
 
 
 def test_speculation_is_measured_when_the_engines_draft(make):
-    generator, fleet, _ = make({"speculation": {"adaptive": "model"}})
+    generator, fleet, _ = make({"speculation": {"adaptive": "thompson"}})
     generator.training_rollouts(1)
     assert not any(name.startswith("speculation/") for name in generator.metrics)
     counts = SpeculationCounts(
@@ -161,12 +161,12 @@ def test_speculation_is_measured_when_the_engines_draft(make):
     generator.training_rollouts(2)
     measured = {name.removeprefix("speculation/"): v for name, v in generator.metrics.items() if "speculation" in name}
     assert measured == {
-        "draft_token_share": 0.5,  # one of two tokens
+        "draft_token_fraction": 0.5,  # one of two tokens
         "tokens_per_verification": 1.5,
-        "accepted_share": 0.4,
+        "accepted_fraction": 0.4,
         "drafted/ngram": 10.0,
-        "accepted_share/ngram": 0.4,
-        "draft_time_share": 0.25,
+        "accepted_fraction/ngram": 0.4,
+        "draft_time_fraction": 0.25,
         "steps/batch_8/ngram:2": 4.0,
     }
 
@@ -264,7 +264,7 @@ def test_dynamic_sampling_stops_at_its_limit_and_says_so(sampling):
         (request.prompt_id, request.epoch) for request in fleet.seen[:8]
     ]
     assert generator.metrics["sampling/filled_prompts"] == 4
-    assert generator.metrics["sampling/dropped_share"] == 1
+    assert generator.metrics["sampling/dropped_fraction"] == 1
 
 
 def test_dynamic_sampling_reuses_the_responses_of_dropped_prompts(make):

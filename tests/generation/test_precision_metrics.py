@@ -56,12 +56,12 @@ def test_the_gap_is_that_of_the_engine_that_sampled_the_token() -> None:
         {
             "precision/int8/logprob_gap_mean": 0.4,
             "precision/int8/logprob_gap_max": 1.0,
-            "precision/int8/clipped_share": 0.2,  # exp(1) alone is above 2
-            "precision/int8/rejected_share": 0.0,
+            "precision/int8/clipped_fraction": 0.2,  # exp(1) alone is above 2
+            "precision/int8/rejected_fraction": 0.0,
             "precision/none/logprob_gap_mean": 0.0,
             "precision/none/logprob_gap_max": 0.0,
-            "precision/none/clipped_share": 0.0,
-            "precision/none/rejected_share": 0.0,
+            "precision/none/clipped_fraction": 0.0,
+            "precision/none/rejected_fraction": 0.0,
         },
         abs=1e-6,
     )

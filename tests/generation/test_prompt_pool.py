@@ -23,7 +23,7 @@ def make_config(steps: int = 8, **rollout: object) -> Config:
             "model": {"path": "m"},
             "algorithm": {"group_size": SAMPLES},
             "train": {"prompts_per_step": PROMPTS, "steps": steps},
-            "rollout": {"max_tokens": LIMIT, "partial_share": 0.5, **rollout},
+            "rollout": {"max_tokens": LIMIT, "partial_fraction": 0.5, **rollout},
             "run_dir": "r",
         }
     )

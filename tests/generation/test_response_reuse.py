@@ -139,9 +139,9 @@ def test_tokens_by_their_source_add_up(tmp_path: Path) -> None:
     assert metrics["history/reused_tokens"] == 6 * 10 + 18 * 5
     assert metrics["history/drafted_tokens"] == 18 * 2
     assert metrics["history/generated_tokens"] == 18 * 3
-    assert metrics["history/full_reuse_share"] == 0.25
+    assert metrics["history/full_reuse_fraction"] == 0.25
     assert metrics["history/prefix_mean"] == 150 / 24
-    assert metrics["history/found_share"] == 1
+    assert metrics["history/found_fraction"] == 1
     assert metrics["history/kl"] == pytest.approx(math.exp(0.1) - 1.1, rel=1e-4)
     assert metrics["history/ess"] == pytest.approx(1)
 
@@ -211,7 +211,7 @@ def test_diversity_counts_different_responses_and_answers() -> None:
 @pytest.mark.parametrize(
     ("rollout", "words"),
     [
-        ({"history": {"mode": "coupled"}, "verify": "rejection"}, ["rollout.history.mode=coupled", "rollout.verify"]),
+        ({"history": {"mode": "coupled"}, "sampler": "rejection"}, ["rollout.history.mode=coupled", "rollout.sampler"]),
         ({"history": {"mode": "coupled", "budget": {}}}, ["rollout.history.budget", "lenient"]),
         ({"history": {"mode": "lenient", "budget": {"measure": "ess", "target": 1.5}}}, ["target=1.5", "below 1"]),
         ({"history": {"mode": "lenient", "lenience": math.inf, "budget": {}}}, ["rollout.history.lenience=inf"]),

@@ -39,8 +39,8 @@ IDLE = SpeculationCounts(steps=5, verifications=5, emitted=5, seconds=1.0)
 def test_the_counts_of_all_engines_are_added_before_anything_is_divided():
     metrics = speculation_metrics([ROLLOUT], [SMALL, IDLE, LARGE], ["eagle", "ngram"])
     assert metrics["speculation/drafted/eagle"] == 110 and metrics["speculation/drafted/ngram"] == 10
-    assert metrics["speculation/accepted_share/eagle"] == 63 / 110
-    assert metrics["speculation/accepted_share/ngram"] == 0.9
+    assert metrics["speculation/accepted_fraction/eagle"] == 63 / 110
+    assert metrics["speculation/accepted_fraction/ngram"] == 0.9
     assert metrics["drafter/live_drafts"] == 40
     assert metrics["drafter/live_length"] == 1 + 63 / 40
     accepted = [metrics[f"drafter/live_accepted_{place}"] for place in (1, 2, 3)]
@@ -53,7 +53,7 @@ def test_plain_steps_and_other_drafters_say_nothing_about_the_head():
     metrics = speculation_metrics([ROLLOUT], [IDLE, ngram], ["eagle", "ngram"])
     assert metrics["drafter/live_drafts"] == metrics["speculation/drafted/eagle"] == 0
     assert not [name for name in metrics if name.startswith(("drafter/live_length", "drafter/live_accepted"))]
-    assert "speculation/accepted_share/eagle" not in metrics
+    assert "speculation/accepted_fraction/eagle" not in metrics
     alone = speculation_metrics([ROLLOUT], [ngram], ["ngram"])
     assert not [name for name in alone if name.startswith("drafter/")]
 

@@ -36,7 +36,10 @@ def full_run() -> list[dict]:
         record = {"step": step, "reward/mean": 0.2 * step, "reward/std": 0.1, "response/length_mean": 40.0}
         record |= {f"response/length_p{p}": 30.0 + p / 10 for p in (5, 25, 50, 75, 95)}
         record |= {"logprob_gap/mean": 1e-6, "logprob_gap/max": 1e-5}
-        record |= {"speculation/draft_token_share": 0.1 * step, "speculation/tokens_per_verification": 1 + 0.2 * step}
+        record |= {
+            "speculation/draft_token_fraction": 0.1 * step,
+            "speculation/tokens_per_verification": 1 + 0.2 * step,
+        }
         record |= {
             "drafter/heldout_length": 1.0 + 0.25 * step,
             "drafter/trained_length": 1.5,

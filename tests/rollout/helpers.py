@@ -101,7 +101,7 @@ def open_arguments(
     config = make_config(folder, model, **rollout)
     arguments = engine_arguments(config, make_environment(), str(model), drafter_path)
     arguments |= {"load_format": "auto"} | (vllm or {})
-    return arguments, config.rollout.verify == "coupled", config.rollout.sampling, config.rollout.precisions[0]
+    return arguments, config.rollout.sampler == "coupled", config.rollout.sampling, config.rollout.precisions[0]
 
 
 def generate(actor: Any, requests: list) -> list:

@@ -22,7 +22,13 @@ def experiment(tmp_path_factory) -> Path:
         "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 64, "eval_size": 4}, "eval": []},
         "reward": {"function": "tests.runs.odd_reward:one_in_four", "length_penalty": {"start": 4, "coef": 0.5}},
         "algorithm": {"name": "dapo", "group_size": 4},
-        "train": {"steps": STEPS, "prompts_per_step": 4, "minibatches": 2, "tokens_per_microbatch": 128, "lr": 1e-3},
+        "train": {
+            "steps": STEPS,
+            "prompts_per_step": 4,
+            "num_minibatches": 2,
+            "tokens_per_microbatch": 128,
+            "lr": 1e-3,
+        },
         "rollout": {"engines": 2, "max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},
         "checkpoint": {"every": 1, "keep": 1, "export_hf": False},
         "track": {"report": False},
@@ -40,7 +46,7 @@ def test_a_run_with_dynamic_sampling_resumes_exactly(experiment: Path) -> None:
     asked = [whole[step]["sampling/prompts"] for step in range(1, STEPS + 1)]
     assert sum(asked[:2]) > 2 * 4, "no prompt was replaced before the interruption: choose another reward or seed"
     for step in range(1, STEPS + 1):
-        assert whole[step]["sampling/dropped_share"] == pytest.approx(1 - 4 / whole[step]["sampling/prompts"])
+        assert whole[step]["sampling/dropped_fraction"] == pytest.approx(1 - 4 / whole[step]["sampling/prompts"])
         assert whole[step]["sampling/filled_prompts"] == 0
         assert whole[step]["logprob_gap/mean"] < 1e-4
     halves = experiment.parent / "halves"
@@ -74,6 +80,6 @@ def test_every_algorithm_trains_and_reuses_earlier_responses(experiment: Path, n
     run(experiment, f"run_dir={run_dir}", *options, f"algorithm.name={name}")
     first, second = (metrics(run_dir)[step] for step in (1, 2))
     assert first["optim/grad_norm"] > 0 and second["optim/grad_norm"] > 0
-    assert first["history/found_share"] < second["history/found_share"]
+    assert first["history/found_fraction"] < second["history/found_fraction"]
     assert second["history/reused_tokens"] > 0
     assert ("sampling/prompts" in second) == (name == "dapo")

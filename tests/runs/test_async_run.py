@@ -77,7 +77,7 @@ def test_a_run_one_step_ahead_stays_within_its_bound_and_resumes_with_what_was_u
 
 def test_a_run_with_partial_responses_learns_from_whole_ones(experiment: Path) -> None:
     run_dir = experiment.parent / "partial"
-    run(experiment, "rollout.partial=true", "rollout.partial_share=0.5", f"run_dir={run_dir}")
+    run(experiment, "rollout.partial=true", "rollout.partial_fraction=0.5", f"run_dir={run_dir}")
     steps = metrics(run_dir)
     check(steps, bound=STEPS)
     assert steps[1]["staleness/max"] == 0

@@ -27,7 +27,13 @@ def run(folder: Path, name: str, **rollout: object) -> dict[int, dict[str, float
         # Without correction nothing is learned of the engine's log-probabilities: their last bits may depend on how
         # many rows a matrix product has.
         "algorithm": {"group_size": 4, "kl": {"coef": 0.01}, "correction": {"kind": "none"}},
-        "train": {"steps": STEPS, "prompts_per_step": 8, "minibatches": 2, "tokens_per_microbatch": 128, "lr": 1e-3},
+        "train": {
+            "steps": STEPS,
+            "prompts_per_step": 8,
+            "num_minibatches": 2,
+            "tokens_per_microbatch": 128,
+            "lr": 1e-3,
+        },
         "rollout": {"max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}, **rollout},
         "drafter": DRAFTER,
         "eval": {"every": 1, "samples": 2},
@@ -66,6 +72,6 @@ def test_rewards_losses_and_accuracy_are_those_of_a_run_without_speculation(tmp_
             assert drafting[step][name] == pytest.approx(plain[step][name], abs=2e-6)
         assert not [name for name in plain[step] if name.startswith(("drafter/", "speculation/"))]
         drafted = sum(value for name, value in drafting[step].items() if name.endswith("/eagle:3"))
-        assert drafted > 5 and drafting[step]["speculation/draft_token_share"] > 0
+        assert drafted > 5 and drafting[step]["speculation/draft_token_fraction"] > 0
         assert drafting[step]["drafter/slices"] >= 2 * DRAFTER["min_slices"]
     assert drafting[STEPS - 1]["drafter/version"] > 0, "engines draft with a pushed head in the last step"

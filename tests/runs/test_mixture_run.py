@@ -34,7 +34,7 @@ def test_a_run_trains_experts_on_two_ranks_and_its_engine_follows(tmp_path: Path
         },
         "rollout": {
             "max_tokens": 24,
-            "speculation": {"drafters": ["ngram"], "adaptive": "model"},
+            "speculation": {"drafters": ["ngram"], "adaptive": "thompson"},
             "vllm": {"enforce_eager": True, "max_num_seqs": 32},
         },
         "track": {"report": False},

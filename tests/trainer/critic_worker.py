@@ -30,7 +30,13 @@ def make_config(model: Path, tp: int, pp: int, run_dir: str) -> Config:
             "algorithm": {"name": "ppo", "critic": {"lr": 3e-3, "clip": 0.5}},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},
-            "train": {"tokens_per_microbatch": 128, "lr": 1e-3, "steps": 10, "minibatches": 2, "prompts_per_step": 12},
+            "train": {
+                "tokens_per_microbatch": 128,
+                "lr": 1e-3,
+                "steps": 10,
+                "num_minibatches": 2,
+                "prompts_per_step": 12,
+            },
             "run_dir": run_dir,
         }
     )

@@ -63,7 +63,7 @@ def test_two_processes_learn_what_one_does(layout: str, model: Path, single, tmp
     torch.testing.assert_close(found["after"], expected["after"], atol=1e-3, rtol=1e-3)
     for metrics, others in zip(found["metrics"], expected["metrics"], strict=True):
         # Of some 240 tokens in a mini-batch, the last bits decide about one at the edge of the clip.
-        assert metrics.pop("critic/clip_share") == pytest.approx(others["critic/clip_share"], abs=0.01)
+        assert metrics.pop("critic/clip_fraction") == pytest.approx(others["critic/clip_fraction"], abs=0.01)
         assert metrics == pytest.approx({name: others[name] for name in metrics}, rel=1e-3, abs=1e-4)
 
 

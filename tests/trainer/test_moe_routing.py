@@ -16,12 +16,12 @@ from tests.trainer.moe_routing_worker import SEQUENCES
 
 def test_load_is_told_from_counts_by_hand() -> None:
     even, one_sided = [5.0, 5.0, 5.0, 5.0], [10.0, 10.0, 0.0, 0.0]
-    balanced = {"moe/load_max": 1.0, "moe/load_entropy": 1.0, "moe/idle_share": 0.0}
+    balanced = {"moe/load_max": 1.0, "moe/load_entropy": 1.0, "moe/idle_fraction": 0.0}
     assert load_metrics(torch.tensor([even])) == pytest.approx(balanced)
     metrics = load_metrics(torch.tensor([even, one_sided]))
     assert metrics["moe/load_max"] == 2.0  # half of the tokens, instead of a quarter
     assert metrics["moe/load_entropy"] == pytest.approx((1 + math.log(2) / math.log(4)) / 2)
-    assert metrics["moe/idle_share"] == 0.25
+    assert metrics["moe/idle_fraction"] == 0.25
 
 
 @pytest.mark.parametrize(

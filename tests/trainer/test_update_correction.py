@@ -79,7 +79,7 @@ def test_log_probs_of_the_update_stand_for_those_of_a_pass_before_it(runs, form,
             assert torch.equal(update["gradients"][name], gradient), name
     driver = runs[processes][0]["scored"][form, "in update"]
     assert driver["metrics"]["grad_norm"] > 1e-3
-    assert (driver["correction"]["clipped_share"] > 0) == (form != "none")
+    assert (driver["correction"]["clipped_fraction"] > 0) == (form != "none")
 
 
 def test_every_form_trains_differently(runs):

@@ -196,7 +196,7 @@ def test_a_minimum_length_counts_what_was_begun() -> None:
 def test_the_longest_responses_are_begun_in_int8_and_finished_without(
     mixed: RolloutFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixed, "_tail_share", TAIL_SHARE)
+    monkeypatch.setattr(mixed, "_tail_fraction", TAIL_SHARE)
     begun = {(r.prompt_id, r.sample_index): r for r in alone(mixed, "int8")}
     mixed.take_precision_counts()
     rollouts = list(mixed.generate(REQUESTS))

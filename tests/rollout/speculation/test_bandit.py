@@ -13,11 +13,11 @@ from rollout.speculation.bandit import (
     PLAIN,
     TRIALS,
     Arm,
-    BegController,
     Controller,
-    ModelController,
+    EpsilonGreedyController,
     StaticController,
     Step,
+    ThompsonController,
     bucket_of,
     make_arms,
     make_controller,
@@ -78,11 +78,11 @@ def share_of_best(machine: Machine, batch: int, chosen: list[Arm]) -> float:
     return emitted / seconds / machine.rate(batch, machine.best(batch))
 
 
-BEG: Callable[[], Controller] = lambda: BegController(ARMS, seed=1)  # noqa: E731
-MODEL: Callable[[], Controller] = lambda: ModelController(ARMS, seed=1)  # noqa: E731
+EPSILON_GREEDY: Callable[[], Controller] = lambda: EpsilonGreedyController(ARMS, seed=1)  # noqa: E731
+THOMPSON: Callable[[], Controller] = lambda: ThompsonController(ARMS, seed=1)  # noqa: E731
 
 
-@pytest.mark.parametrize("make", [BEG, MODEL], ids=["beg", "model"])
+@pytest.mark.parametrize("make", [EPSILON_GREEDY, THOMPSON], ids=["epsilon_greedy", "thompson"])
 @pytest.mark.parametrize(
     ("batch", "machine"),
     [
@@ -95,7 +95,7 @@ def test_the_best_arm_is_found(make: Callable[[], Controller], batch: int, machi
     controller = make()
     machine.run(controller, batch, 300)
     # Epsilon-greedy goes on trying arms that are far worse.
-    bound = 0.97 if isinstance(controller, ModelController) else 0.85
+    bound = 0.97 if isinstance(controller, ThompsonController) else 0.85
     assert share_of_best(machine, batch, machine.run(controller, batch, 600)) > bound
 
 
@@ -103,17 +103,17 @@ def test_the_model_needs_few_trials(subtests: pytest.Subtests) -> None:
     for batch, accept in [(1, 0.8), (16, 0.6), (64, 0.1)]:
         with subtests.test(batch=batch):
             machine = Machine(base=5e-3, row=2e-4, accept=accept)
-            assert share_of_best(machine, batch, machine.run(MODEL(), batch, 60)) > 0.9
+            assert share_of_best(machine, batch, machine.run(THOMPSON(), batch, 60)) > 0.9
 
 
 def test_the_model_learns_acceptance_where_the_drafter_cannot_tell() -> None:
     machine = Machine(base=5e-3, row=1e-4, accept=0.85, tells=False)
-    controller = MODEL()
+    controller = THOMPSON()
     machine.run(controller, 2, 200)
     assert share_of_best(machine, 2, machine.run(controller, 2, 200)) > 0.95
 
 
-@pytest.mark.parametrize("make", [BEG, MODEL], ids=["beg", "model"])
+@pytest.mark.parametrize("make", [EPSILON_GREEDY, THOMPSON], ids=["epsilon_greedy", "thompson"])
 def test_a_change_is_followed(make: Callable[[], Controller]) -> None:
     controller, machine = make(), Machine(base=5e-3, row=2e-4, accept=0.9)
     machine.run(controller, 8, 300)
@@ -122,14 +122,14 @@ def test_a_change_is_followed(make: Callable[[], Controller]) -> None:
     assert share_of_best(machine, 8, machine.run(controller, 8, 600)) > 0.88
 
 
-@pytest.mark.parametrize("make", [BEG, MODEL], ids=["beg", "model"])
+@pytest.mark.parametrize("make", [EPSILON_GREEDY, THOMPSON], ids=["epsilon_greedy", "thompson"])
 def test_pauses_do_not_change_the_choice(make: Callable[[], Controller]) -> None:
     controller, machine = make(), Machine(base=5e-3, row=1e-4, accept=0.8)
     machine.run(controller, 4, 400, pause_every=17)
     assert share_of_best(machine, 4, machine.run(controller, 4, 600, pause_every=17)) > 0.88
 
 
-@pytest.mark.parametrize("make", [BEG, MODEL], ids=["beg", "model"])
+@pytest.mark.parametrize("make", [EPSILON_GREEDY, THOMPSON], ids=["epsilon_greedy", "thompson"])
 def test_buckets_do_not_share_their_choice(make: Callable[[], Controller]) -> None:
     controller = make()
     wide, narrow = Machine(1e-3, 5e-4, 0.3), Machine(1e-2, 1e-5, 0.9)
@@ -144,7 +144,7 @@ def test_small_gains_do_not_make_it_switch() -> None:
     # k = 2 and k = 4 are within 1 % of each other here.
     machine = Machine(base=5e-3, row=1.92e-4, accept=0.42)
     assert abs(machine.rate(4, Arm("ngram", 1)) / machine.rate(4, Arm("ngram", 2)) - 1) < 0.02
-    controller = MODEL()
+    controller = THOMPSON()
     machine.run(controller, 4, 300)
     chosen = machine.run(controller, 4, 300)
     switches = sum(a != b for a, b in pairwise(chosen))
@@ -163,7 +163,7 @@ def test_buckets_are_powers_of_two() -> None:
     assert [bucket_of(batch) for batch in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
 
 
-@pytest.mark.parametrize("kind", ["beg", "model"])
+@pytest.mark.parametrize("kind", ["epsilon_greedy", "thompson"])
 def test_a_restored_controller_goes_on_with_what_was_learned(kind: str) -> None:
     import json
 
@@ -187,9 +187,9 @@ def test_plain_is_always_an_arm_and_the_limit_too() -> None:
         (lambda: make_arms([], 4), "must name each drafter once"),
         (lambda: make_arms(["ngram", "ngram"], 4), "must name each drafter once"),
         (lambda: make_arms(["ngram"], 0), "max_draft_tokens=0"),
-        (lambda: BegController([Arm("ngram", 2)]), "must include plain decoding"),
-        (lambda: ModelController([PLAIN, PLAIN]), "given twice"),
-        (lambda: BegController(ARMS, epsilon=2), "epsilon=2"),
+        (lambda: EpsilonGreedyController([Arm("ngram", 2)]), "must include plain decoding"),
+        (lambda: ThompsonController([PLAIN, PLAIN]), "given twice"),
+        (lambda: EpsilonGreedyController(ARMS, epsilon=2), "epsilon=2"),
         (lambda: make_controller("best", ["ngram"], 4), "adaptive='best' is not one of"),
     ],
 )
@@ -240,7 +240,7 @@ def test_an_old_measurement_is_doubted() -> None:
 
 
 def test_drafts_are_tried_a_few_times_in_each_bucket_even_where_their_forecast_is_bad() -> None:
-    controller, machine = MODEL(), Machine(base=1e-3, row=1e-3, accept=0.01)
+    controller, machine = THOMPSON(), Machine(base=1e-3, row=1e-3, accept=0.01)
     chosen = {batch: machine.run(controller, batch, 200) for batch in (4, 64)}
     for arms in chosen.values():
         drafted = sum(arm.k > 0 for arm in arms)
@@ -258,7 +258,7 @@ class TwoDrafters:
     def run(self, controller: Controller, batch: int, steps: int) -> list[Arm]:
         chosen = []
         for _ in range(steps):
-            told = {arm: (batch * arm.k, batch * self._share("ngram", arm.k)) for arm in ARMS if arm.k}
+            told = {arm: (batch * arm.k, batch * self._fraction("ngram", arm.k)) for arm in ARMS if arm.k}
             arm = controller.choose(batch, told)
             chosen.append(arm)
             tried = [round(batch * self.accept.get(arm.drafter, 0.0) ** place) for place in range(arm.k + 1)]
@@ -270,7 +270,7 @@ class TwoDrafters:
             )
         return chosen
 
-    def _share(self, drafter: str, k: int) -> float:
+    def _fraction(self, drafter: str, k: int) -> float:
         return sum(self.accept[drafter] ** (place + 1) for place in range(k))
 
 
@@ -279,7 +279,7 @@ def drafters_of(chosen: list[Arm]) -> Counter[str]:
 
 
 def test_the_better_of_two_drafters_is_found_where_each_pays() -> None:
-    controller = make_controller("model", ["eagle", "ngram"], 8)
+    controller = make_controller("thompson", ["eagle", "ngram"], 8)
     machine = TwoDrafters(head_accept=0.85)
     for batch in (64, 16, 2):
         machine.run(controller, batch, 150)
@@ -291,7 +291,7 @@ def test_the_better_of_two_drafters_is_found_where_each_pays() -> None:
 
 
 def test_a_useless_head_is_left_alone_until_it_is_another_one() -> None:
-    controller = make_controller("model", ["eagle", "ngram"], 8)
+    controller = make_controller("thompson", ["eagle", "ngram"], 8)
     machine = TwoDrafters(head_accept=0.0)
     assert 1 <= drafters_of(machine.run(controller, 64, 100))["eagle"] < 20
     assert drafters_of(machine.run(controller, 2, 200))["eagle"] < 12  # where its cost is a guess, and the gain 0
@@ -301,11 +301,11 @@ def test_a_useless_head_is_left_alone_until_it_is_another_one() -> None:
     assert drafters_of(machine.run(controller, 2, 200))["eagle"] > 150
 
 
-@pytest.mark.parametrize("kind", ["beg", "model"])
+@pytest.mark.parametrize("kind", ["epsilon_greedy", "thompson"])
 def test_an_arm_that_would_draft_nothing_is_not_chosen(kind: str) -> None:
     controller = make_controller(kind, ["eagle"], 4)
     nothing = {arm: (0.0, 0.0) for arm in make_arms(["eagle"], 4) if arm.k}
     for _ in range(50):
         assert controller.choose(2, nothing) == PLAIN
         controller.observe(Step(PLAIN, 2, 0, 2, 4e-3))
-    assert controller.choose(1, {}).drafter == "eagle" or kind == "beg"
+    assert controller.choose(1, {}).drafter == "eagle" or kind == "epsilon_greedy"

@@ -131,7 +131,7 @@ def test_switching_drafters_and_heads_in_mid_run_does_not_change_the_tokens(
     assert ray.get(engines["eagle"].checksums.remote()) == before
 
 
-@pytest.mark.parametrize("rule", ["static", "beg", "model"])
+@pytest.mark.parametrize("rule", ["static", "epsilon_greedy", "thompson"])
 def test_every_rule_emits_the_same_tokens(engines: dict[str, Any], expected: list[Rollout], rule: str) -> None:
     ray.get(engines["eagle"].set_speculation.remote(rule, K))
     assert_same(generate(engines["eagle"], group_requests()), expected)
@@ -169,7 +169,7 @@ def test_wrong_drafts_are_soon_given_up_and_the_head_rests(engines: dict[str, An
         arms: list[str] = []
         rollouts: list[Rollout] = []
         scheduler.update_draft_token_ids, proposer.propose = wrong, counting_propose
-        engine.set_speculation("model", 3, ["eagle"])
+        engine.set_speculation("thompson", 3, ["eagle"])
         engine.submit(requests)
         while engine._running:
             rollouts += [engine._rollout(output) for output in engine._step() if output.finished]
@@ -269,7 +269,7 @@ def test_an_output_layer_equal_to_the_policys_stays_the_heads_own(engines: dict[
 
 
 def test_a_missing_or_other_head_is_named(other_model: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, other_model, speculation={"adaptive": "model", **BOTH})
+    config = make_config(tmp_path, other_model, speculation={"adaptive": "thompson", **BOTH})
     with pytest.raises(ConfigError, match=r"set drafter\.path"):
         engine_arguments(config, make_environment(), str(other_model))
     with pytest.raises(ConfigError, match=r"nothing holds no EAGLE head"):

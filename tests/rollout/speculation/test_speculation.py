@@ -54,7 +54,7 @@ def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
         torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rule", ["static:1", "static:3", "static:8", "beg:8", "model:8"])
+@pytest.mark.parametrize("rule", ["static:1", "static:3", "static:8", "epsilon_greedy:8", "thompson:8"])
 def test_speculation_on_and_off_emit_the_same_tokens(
     engines: dict[str, Any], expected: list[Rollout], rule: str
 ) -> None:
@@ -128,17 +128,17 @@ def test_an_abort_in_the_middle_leaves_the_next_requests_alone(
 
 def test_an_engine_takes_over_what_another_one_of_the_same_rule_has_learned(engines: dict[str, Any]) -> None:
     engine = engines["drafting"]
-    ray.get(engine.set_speculation.remote("model", 4))
+    ray.get(engine.set_speculation.remote("thompson", 4))
     generate(engine, group_requests(32))
     learned = json.loads(json.dumps(ray.get(engine.speculation_state.remote())))
-    ray.get(engine.set_speculation.remote("model", 5))
+    ray.get(engine.set_speculation.remote("thompson", 5))
     fresh = ray.get(engine.speculation_state.remote())
     assert fresh != learned
     ray.get(engine.restore_speculation.remote(learned))
     assert ray.get(engine.speculation_state.remote()) == learned
-    ray.get(engine.set_speculation.remote("beg", 4))
+    ray.get(engine.set_speculation.remote("epsilon_greedy", 4))
     ray.get(engine.restore_speculation.remote(learned))  # of no use to another rule
-    assert ray.get(engine.speculation_state.remote())["adaptive"] == "beg"
+    assert ray.get(engine.speculation_state.remote())["adaptive"] == "epsilon_greedy"
     assert ray.get(engines["plain"].speculation_state.remote()) is None
 
 
@@ -331,8 +331,8 @@ def test_model_drafters_draw_with_the_same_noise(
 
 
 def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path, engines: dict[str, Any]) -> None:
-    """`rollout.verify: rejection` is vLLM's rule; its tokens differ, their frequencies do not."""
-    arguments = open_arguments(tmp_path, model, verify="rejection", speculation={"adaptive": "static"})
+    """`rollout.sampler: rejection` is vLLM's rule; its tokens differ, their frequencies do not."""
+    arguments = open_arguments(tmp_path, model, sampler="rejection", speculation={"adaptive": "static"})
     requests = [
         RolloutRequest(f"p{number % 16}", number, 0, number, [7, 9, 11, 7, 9], 4, 0.7) for number in range(6000)
     ]
@@ -357,7 +357,8 @@ def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path,
 @pytest.mark.slow
 def test_two_tensor_parallel_parts_emit_the_same_tokens(expected: list[Rollout], model: Path, tmp_path: Path) -> None:
     arguments = [
-        open_arguments(tmp_path, model, tp_size=2, speculation={"adaptive": adaptive}) for adaptive in ("off", "model")
+        open_arguments(tmp_path, model, tp_size=2, speculation={"adaptive": adaptive})
+        for adaptive in ("off", "thompson")
     ]
     with open_engines(arguments[:1]) as (plain,):
         alone = generate(plain, group_requests())
