@@ -31,7 +31,7 @@ from megatron_rl.models.scratch import make_scratch_model
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.weight_client import FleetClient
-from rollout.weight_transfer.connection import WeightSync, connect
+from rollout.weight_transfer.connection import WeightConnection, connect
 from rollout.weight_transfer.shm import ShardedWeightSource
 
 ENGINES = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "int8": ("bf16", "int8")}
@@ -123,7 +123,7 @@ class Engines:
             fleet.shutdown()
 
 
-def _connect(fleet: RolloutFleet, source: RandomWeights, name: str) -> WeightSync:
+def _connect(fleet: RolloutFleet, source: RandomWeights, name: str) -> WeightConnection:
     segment = f"megatron-rl-bench-{os.getpid()}-{name}"
     return connect(
         "shm", rank=0, client=FleetClient(fleet), source=source, barrier=lambda: None, segment=segment, workers=1

@@ -271,9 +271,9 @@ def set_up_quantization(
 ) -> None:
     """Write the file that engines read (rollout.quantization_profile, FLASHRL_CONFIG)."""
     from megatron_rl.calibration.profile_file import setup
-    from megatron_rl.config.rollout import Rollout
+    from megatron_rl.config.rollout import RolloutConfig
 
-    setup(profile, output, Rollout().quantization_max_error if max_error is None else max_error, skip or [])
+    setup(profile, output, RolloutConfig().quantization_max_error if max_error is None else max_error, skip or [])
 
 
 @launch_app.callback()

@@ -161,9 +161,9 @@ def environment_table() -> Table:
     table = Table("variable", "value", title="Environment of a trainer process (one per node)")
     program = (
         "import json\n"
-        "from megatron_rl.config.schema import Config, Model\n"
+        "from megatron_rl.config.schema import Config\n"
         "from megatron_rl.distributed.device import process_environment\n"
-        "config = Config(model=Model(path='-'), run_dir='-')\n"
+        "config = Config.model_validate({'model': {'path': '-'}, 'run_dir': '-'})\n"
         "print(json.dumps(process_environment(config, 1)))\n"
     )
     status, output = probe(program)

@@ -20,6 +20,7 @@ from megatron_rl.drafting.initial_head import folder_for_engines, initial_head
 from megatron_rl.drafting.online_drafter import CHECKPOINT_NAME, Drafting, frozen_policy
 from megatron_rl.generation.generator import Generator
 from megatron_rl.generation.precision_metrics import gap_metrics, warn_of_bias
+from megatron_rl.metrics import Metrics
 from megatron_rl.models.weights import export_hf
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
@@ -36,7 +37,6 @@ from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.ray_watch import RayWatch
 from rollout.types import Rollout
 
-Metrics = dict[str, float]
 SPECULATION = "speculation"  # in checkpoints: what adaptive speculation has learned
 HISTORY = "history"  # in checkpoints: earlier responses
 POOL = "pool"  # in checkpoints: responses that are under way

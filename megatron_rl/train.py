@@ -10,10 +10,9 @@ from megatron_rl.config import Config
 from megatron_rl.distributed.preemption import StopRequest
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.experiment import Experiment
+from megatron_rl.metrics import Metrics
 from megatron_rl.trainer.batch import Batch, with_values
 from megatron_rl.trainer.schedule import is_due
-
-Metrics = dict[str, float]
 
 
 def run(config: Config) -> None:

@@ -19,7 +19,7 @@ HISTORY, SUFFIX = "history", "suffix"
 SPECULATION_KEY = "megatron_rl_speculation"
 
 
-class Source(IntEnum):
+class TokenSource(IntEnum):
     """Where a token came from. All but KEPT are exact samples of the policy, and so tell only what was saved."""
 
     FRESH = 0  # sampled by the engine
@@ -67,7 +67,7 @@ class Rollout:
     logprobs: list[float]  # one per token, of the distribution that was sampled (temperature and masks applied)
     finish_reason: str  # "stop" | "length" | "unfinished": it is to go on, see `rollout.fleet.fleet.More`
     policy_version: int  # of the weights that sampled the last token
-    sources: list[Source] = field(default_factory=list)  # one per token
+    sources: list[TokenSource] = field(default_factory=list)  # one per token
     precisions: list[tuple[str, int]] = field(default_factory=list)
     """Whose tokens they are, in order: (entry of `rollout.quantization` of the engine, number of tokens)."""
     versions: list[tuple[int, int]] = field(default_factory=list)

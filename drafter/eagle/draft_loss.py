@@ -2,7 +2,7 @@
 
 The draft is unrolled as the engine uses it: step i reads what the head itself put out in step i - 1, with the tokens
 that the policy really sampled. Each step's target is soft, the policy's distribution at temperature 1, restricted to
-the draft vocabulary and renormalised there; tokens that engines never sample (see `PolicyWeights`) take no part. As in
+the draft vocabulary and renormalised there; tokens that engines never sample (see `FrozenPolicy`) take no part. As in
 EAGLE-3, a position does not count when the policy's most likely token is outside the draft vocabulary. For `eagle`
 heads a smooth L1 distance to the policy's hidden states can be added (EAGLE, arXiv 2401.15077, uses it with weight 1
 and the cross-entropy with 0.1).
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights, counted_drafts, to_target_positions
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures, counted_drafts, to_target_positions
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DraftLoss:
 
 
 def draft_loss(
-    head: EagleHead, features: PackedFeatures, policy: PolicyWeights, options: LossOptions | None = None
+    head: EagleHead, features: PackedFeatures, policy: FrozenPolicy, options: LossOptions | None = None
 ) -> DraftLoss:
     """The loss of one packed row.
 
@@ -98,7 +98,7 @@ def draft_loss(
 
 
 def unroll(
-    head: EagleHead, features: PackedFeatures, policy: PolicyWeights, steps: int
+    head: EagleHead, features: PackedFeatures, policy: FrozenPolicy, steps: int
 ) -> Float[Tensor, "steps seq hidden"]:
     """The head's states in every step, by anchor, fed with the row's own tokens.
 
@@ -112,7 +112,7 @@ def unroll(
 
 def _chunk(
     head: EagleHead,
-    policy: PolicyWeights,
+    policy: FrozenPolicy,
     proposed: Int[Tensor, " proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 from drafter.eagle.draft_loss import unroll
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights, counted_drafts, to_anchors, to_target_positions
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures, counted_drafts, to_anchors, to_target_positions
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class ExpectedAcceptance:
     """Expected numbers over the anchors of some rows; add them up over rows with `+`."""
 
     reached: Float[Tensor, " steps"]
@@ -37,8 +37,8 @@ class Acceptance:
     accepted: Float[Tensor, " steps"]
     """How many of those are expected to have the token of step i accepted too."""
 
-    def __add__(self, other: "Acceptance") -> "Acceptance":
-        return Acceptance(self.reached + other.reached, self.accepted + other.accepted)
+    def __add__(self, other: "ExpectedAcceptance") -> "ExpectedAcceptance":
+        return ExpectedAcceptance(self.reached + other.reached, self.accepted + other.accepted)
 
     @property
     def per_position(self) -> Float[Tensor, " steps"]:
@@ -59,11 +59,11 @@ class Acceptance:
 def expected_acceptance(
     head: EagleHead,
     features: PackedFeatures,
-    policy: PolicyWeights,
+    policy: FrozenPolicy,
     steps: int,
     temperature: float = 1.0,
     rows_at_once: int = 256,
-) -> Acceptance:
+) -> ExpectedAcceptance:
     """What verification would accept of drafts of `steps` tokens from every place of a row's responses.
 
     Args:
@@ -91,12 +91,12 @@ def expected_acceptance(
     chance = torch.where(counted, to_anchors(torch.cat(chances, dim=1)), 0.0).double()
     survived = chance.cumprod(dim=0)
     before = torch.cat([torch.ones_like(survived[:1]), survived[:-1]])
-    return Acceptance(reached=torch.where(counted, before, 0.0).sum(dim=1), accepted=survived.sum(dim=1))
+    return ExpectedAcceptance(reached=torch.where(counted, before, 0.0).sum(dim=1), accepted=survived.sum(dim=1))
 
 
 def _chances(
     head: EagleHead,
-    policy: PolicyWeights,
+    policy: FrozenPolicy,
     proposed: Int[Tensor, " proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],

@@ -53,7 +53,7 @@ def pack(rows: list[PackedFeatures]) -> PackedFeatures:
 
 
 @dataclass(frozen=True)
-class PolicyWeights:
+class FrozenPolicy:
     """The tensors of the policy that a head computes with. They are frozen: no gradient reaches them."""
 
     embedding: Float[Tensor, "vocab hidden"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafter.eagle.draft_loss import LossOptions, draft_loss
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 from drafter.idle_time.slices import Fits
 from drafter.training.feature_store import FeatureStore
 
@@ -65,7 +65,7 @@ class DraftTrainer:
     def __init__(self, head: EagleHead, store: FeatureStore, loss: LossOptions, options: OptimizerOptions) -> None:
         """`head` is the same on all ranks; it decides the device of the training."""
         self.head, self.store = head, store
-        self.policy: PolicyWeights | None = None
+        self.policy: FrozenPolicy | None = None
         """What the newest features of the store were computed with; no slices before it is there."""
         self.updates = 0
         """Optimizer steps taken."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter.eagle.expected_acceptance import Acceptance, expected_acceptance
+from drafter.eagle.expected_acceptance import ExpectedAcceptance, expected_acceptance
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 
 CLEARLY_WORSE = 0.1
 """Share of the live head's accepted drafts that a trained head may lose before it is given up ..."""
@@ -69,11 +69,11 @@ class LiveHead:
 def score(
     head: EagleHead,
     rows: list[PackedFeatures],
-    policy: PolicyWeights,
+    policy: FrozenPolicy,
     steps: int,
     temperature: float,
     group: torch.distributed.ProcessGroup | None = None,
-) -> Acceptance:
+) -> ExpectedAcceptance:
     """Expected acceptance over the held-out rows of all ranks; each rank gives its own. A collective operation.
 
     Args:
@@ -86,10 +86,10 @@ def score(
     """
     device = policy.embedding.device
     zeros = torch.zeros(steps, dtype=torch.float64, device=device)
-    total = Acceptance(zeros, zeros)
+    total = ExpectedAcceptance(zeros, zeros)
     for row in rows:
         total = total + expected_acceptance(head, row.to(device), policy, steps, temperature)
     flat: Tensor = torch.stack([total.reached, total.accepted])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat, group=group)
-    return Acceptance(*flat.cpu())
+    return ExpectedAcceptance(*flat.cpu())

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_rl.algorithms.loss import kl_estimate, ppo_loss, safe_exp
-from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PolicyLoss:
     aggregation are the same for all of them.
     """
 
-    def __init__(self, settings: Algorithm) -> None:
+    def __init__(self, settings: AlgorithmConfig) -> None:
         """Args: settings: the section `algorithm`.
 
         Raises:

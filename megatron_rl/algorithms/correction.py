@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_rl.algorithms.loss import safe_exp
-from megatron_rl.config.algorithm import Correction
+from megatron_rl.config.algorithm import CorrectionConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def correct_mismatch(
     old: Float[Tensor, "tokens"],
     rollout: Float[Tensor, "tokens"],
     lengths: Int[Tensor, "batch"],
-    correction: Correction,
+    correction: CorrectionConfig,
     reused: Float[Tensor, "tokens"] | None = None,
 ) -> TokenCorrection:
     """Importance weights and rejections for one mini-batch, whole: `normalize` averages over all of it.

@@ -9,7 +9,7 @@ from megatron_rl.algorithms.gspo import Gspo
 from megatron_rl.algorithms.ppo import Ppo
 from megatron_rl.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from megatron_rl.algorithms.rloo import Rloo
-from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.config.errors import ConfigError
 
 BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
@@ -26,7 +26,7 @@ BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
 """What settings these have is in `megatron_rl.config.algorithm.PRESETS`."""
 
 
-def load_algorithm(settings: Algorithm) -> PolicyAlgorithm | CriticAlgorithm:
+def load_algorithm(settings: AlgorithmConfig) -> PolicyAlgorithm | CriticAlgorithm:
     """The algorithm that `settings.name` names: built-in, or a class of the user's.
 
     Raises:
@@ -42,7 +42,7 @@ def load_algorithm(settings: Algorithm) -> PolicyAlgorithm | CriticAlgorithm:
     return found(settings)
 
 
-def needs_critic(settings: Algorithm) -> bool:
+def needs_critic(settings: AlgorithmConfig) -> bool:
     """Whether a critic is trained beside the policy.
 
     Raises:
@@ -51,7 +51,7 @@ def needs_critic(settings: Algorithm) -> bool:
     return isinstance(load_algorithm(settings), CriticAlgorithm)
 
 
-def _users_class(settings: Algorithm) -> type[PolicyAlgorithm | CriticAlgorithm]:
+def _users_class(settings: AlgorithmConfig) -> type[PolicyAlgorithm | CriticAlgorithm]:
     module_name, _, class_name = settings.name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)

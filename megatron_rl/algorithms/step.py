@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm
 from megatron_rl.algorithms.loss import kl_estimate
 from megatron_rl.algorithms.ppo import final_rewards
-from megatron_rl.config.algorithm import Kl
+from megatron_rl.config.algorithm import KlConfig
 
 
 def step_advantages(
@@ -38,7 +38,7 @@ def step_advantages(
     return {"advantages": advantages, "returns": returns}
 
 
-def reward_kl(known: Mapping[str, Float[Tensor, "tokens"]], kl: Kl) -> Float[Tensor, "tokens"]:
+def reward_kl(known: Mapping[str, Float[Tensor, "tokens"]], kl: KlConfig) -> Float[Tensor, "tokens"]:
     """Of every token the estimated divergence from the reference that `algorithm.kl.place=reward` takes off.
 
     Source: Ziegler et al., arXiv 1909.08593, equation 2, with `k1`.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout, read_hf_config
-from megatron_rl.config.sections import ScratchModel
+from megatron_rl.config.sections import ScratchModelConfig
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,7 +78,7 @@ def check_experiment(config: Config, command: str) -> None:
     check_device(config)
 
 
-def scratch_layout(scratch: ScratchModel) -> dict[str, object]:
+def scratch_layout(scratch: ScratchModelConfig) -> dict[str, object]:
     """The part of `config.json` that decides the layout, for a model that does not exist yet."""
     return {
         "architectures": ["Qwen3ForCausalLM"],

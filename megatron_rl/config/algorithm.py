@@ -27,7 +27,7 @@ WITHOUT_GROUPS = ("reinforce_pp", "ppo")
 """Those that do not compare the responses to one prompt."""
 
 
-class Kl(Section):
+class KlConfig(Section):
     """Penalty for moving away from the reference model (the policy at step 0)."""
 
     coef: float = Field(0.0, ge=0)
@@ -39,7 +39,7 @@ class Kl(Section):
     usually with estimator k1."""
 
 
-class Critic(Section):
+class CriticConfig(Section):
     """The critic of `ppo`: a second model with the policy's shape and layout, which starts from the policy's weights
     and gives each token one number instead of logits."""
 
@@ -56,7 +56,7 @@ class Critic(Section):
     variance, more of the critic's errors. With the reward at the end, the first of n tokens sees `lam^n` of it."""
 
 
-class Correction(Section):
+class CorrectionConfig(Section):
     """Correction for the difference between the engine that generated and the trainer that learns (see
     `docs/correction.md`)."""
 
@@ -85,7 +85,7 @@ class Correction(Section):
         return self.kind == "mask" or self.veto is not None or self.reused == "mask" or self.normalize
 
 
-class Algorithm(Section):
+class AlgorithmConfig(Section):
     """The policy-gradient algorithm (see `docs/algorithms.md`). The name decides the defaults of some other keys."""
 
     name: str = "grpo"
@@ -114,11 +114,11 @@ class Algorithm(Section):
     dynamic_sampling: int = Field(0, ge=0)
     """Replace prompts whose responses all have the same reward, which teach nothing, by the next ones, up to this many
     times `train.prompts_per_step` in a step (dapo: 9); 0: no replacement."""
-    kl: Kl = Kl()
+    kl: KlConfig = KlConfig()
     """Penalty for moving away from the reference."""
-    critic: Critic = Critic()
+    critic: CriticConfig = CriticConfig()
     """The critic, for algorithms that have one (ppo)."""
-    correction: Correction = Correction()
+    correction: CorrectionConfig = CorrectionConfig()
     """Train/rollout mismatch correction."""
 
     @model_validator(mode="before")

@@ -2,17 +2,25 @@
 
 import math
 
-from megatron_rl.config.algorithm import Algorithm, Correction
+from megatron_rl.config.algorithm import AlgorithmConfig, CorrectionConfig
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.heldout_sets import KINDS, PUBLIC_SETS, set_name, split_best
-from megatron_rl.config.rollout import Rollout
-from megatron_rl.config.sections import Data, Drafter, Eval, Model, Parallel, Reward, Train
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.sections import (
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    TrainConfig,
+)
 
 MIN_NUMBERS = 100
 """With fewer numbers to choose from, training and held-out problems would be too few to tell apart."""
 
 
-def check_training(train: Train, algorithm: Algorithm, parallel: Parallel) -> None:
+def check_training(train: TrainConfig, algorithm: AlgorithmConfig, parallel: ParallelConfig) -> None:
     """Do the sizes of a step fit together?
 
     Raises:
@@ -31,7 +39,7 @@ def check_training(train: Train, algorithm: Algorithm, parallel: Parallel) -> No
         )
 
 
-def check_lengths(data: Data, train: Train, rollout: Rollout, reward: Reward) -> None:
+def check_lengths(data: DataConfig, train: TrainConfig, rollout: RolloutConfig, reward: RewardConfig) -> None:
     """Do prompts and responses fit into a micro-batch, and does a length penalty begin before the limit?
 
     Raises:
@@ -50,7 +58,7 @@ def check_lengths(data: Data, train: Train, rollout: Rollout, reward: Reward) ->
         )
 
 
-def check_rollout(rollout: Rollout, model: Model, algorithm: Algorithm) -> None:
+def check_rollout(rollout: RolloutConfig, model: ModelConfig, algorithm: AlgorithmConfig) -> None:
     """Do the engines' options go together, and with the algorithm?
 
     Raises:
@@ -66,7 +74,7 @@ def check_rollout(rollout: Rollout, model: Model, algorithm: Algorithm) -> None:
         )
 
 
-def check_arithmetic(data: Data) -> None:
+def check_arithmetic(data: DataConfig) -> None:
     """Are there enough built-in problems?
 
     Raises:
@@ -82,7 +90,7 @@ def check_arithmetic(data: Data) -> None:
         )
 
 
-def check_drafter(parallel: Parallel) -> None:
+def check_drafter(parallel: ParallelConfig) -> None:
     """Can an EAGLE head learn from this trainer's policy?
 
     Raises:
@@ -95,7 +103,7 @@ def check_drafter(parallel: Parallel) -> None:
         )
 
 
-def check_correction(correction: Correction) -> None:
+def check_correction(correction: CorrectionConfig) -> None:
     """Do the keys of the mismatch correction go together?
 
     Raises:
@@ -124,7 +132,7 @@ def check_correction(correction: Correction) -> None:
         )
 
 
-def _check_history(rollout: Rollout) -> None:
+def _check_history(rollout: RolloutConfig) -> None:
     history, sampler = rollout.history, rollout.sampler
     if history.mode != "off" and sampler != "coupled":
         raise ConfigError(
@@ -152,7 +160,7 @@ def _check_history(rollout: Rollout) -> None:
         )
 
 
-def _check_quantization(rollout: Rollout, model: Model) -> None:
+def _check_quantization(rollout: RolloutConfig, model: ModelConfig) -> None:
     _check_fleet(rollout)
     quantized = [precision for precision in rollout.precisions if precision != "none"]
     if not quantized:
@@ -179,7 +187,7 @@ def _check_quantization(rollout: Rollout, model: Model) -> None:
             )
 
 
-def _check_fleet(rollout: Rollout) -> None:
+def _check_fleet(rollout: RolloutConfig) -> None:
     listed = rollout.quantization
     if isinstance(listed, list) and not 2 <= len(listed) <= rollout.engines:
         raise ConfigError(
@@ -206,7 +214,7 @@ def _check_fleet(rollout: Rollout) -> None:
             )
 
 
-def _check_sleep(rollout: Rollout) -> None:
+def _check_sleep(rollout: RolloutConfig) -> None:
     if rollout.sleep and rollout.placement != "colocated":
         raise ConfigError(
             f"rollout.sleep={rollout.sleep} makes room for a trainer on the same devices, but rollout.placement="
@@ -219,7 +227,7 @@ def _check_sleep(rollout: Rollout) -> None:
         )
 
 
-def check_evaluation(data: Data, evaluation: Eval) -> None:
+def check_evaluation(data: DataConfig, evaluation: EvalConfig) -> None:
     """Do `data.eval`, `data.templates` and `eval.*` fit together?
 
     Raises:
@@ -254,7 +262,7 @@ def _check_best(best: str, names: list[str], samples: int) -> None:
         raise ConfigError(f"eval.best={best!r} needs sampled responses; set eval.samples, or use greedy_accuracy.")
 
 
-def check_overlap(rollout: Rollout, algorithm: Algorithm, drafter: Drafter) -> None:
+def check_overlap(rollout: RolloutConfig, algorithm: AlgorithmConfig, drafter: DrafterConfig) -> None:
     """What `rollout.async_steps` and `rollout.partial` do not go with.
 
     Raises:
@@ -292,7 +300,7 @@ def check_overlap(rollout: Rollout, algorithm: Algorithm, drafter: Drafter) -> N
         )
 
 
-def _check_sampling(rollout: Rollout, setting: str) -> None:
+def _check_sampling(rollout: RolloutConfig, setting: str) -> None:
     if rollout.sampler != "coupled":
         raise ConfigError(
             f"{setting} goes on with a response's noise after new weights, which rollout.sampler={rollout.sampler} "

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from megatron_rl.config.section import Section
 
 
-class LenienceBudget(Section):
+class LenienceBudgetConfig(Section):
     """How far from the policy the kept tokens may be, all together; `lenience` is adapted to it after every step."""
 
     measure: Literal["kl", "ess"] = "kl"
@@ -17,7 +17,7 @@ class LenienceBudget(Section):
     """The value to hold: nats for kl, a share below 1 for ess."""
 
 
-class History(Section):
+class HistoryConfig(Section):
     """Reuse of the responses of earlier epochs (see `docs/history.md`)."""
 
     mode: Literal["off", "coupled", "lenient"] = "off"
@@ -27,7 +27,7 @@ class History(Section):
     lenience: float = Field(0.5, allow_inf_nan=True)
     """For lenient, in nats: a token is kept with probability `min(1, exp(lenience) * p_now / p_then)`. 0: the vanilla
     rule; .inf: keep all; -.inf: keep nothing."""
-    budget: LenienceBudget | None = None
+    budget: LenienceBudgetConfig | None = None
     """For lenient: adapt `lenience`, which is then where it starts; null: leave it as it is."""
     refresh: float = Field(0.1, ge=0, le=1)
     """Share of the samples that are drawn anew in each epoch, to keep exploring."""

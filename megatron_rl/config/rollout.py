@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.history import History
+from megatron_rl.config.history import HistoryConfig
 from megatron_rl.config.section import Section
 
 Quantization = Literal["none", "int8", "fp8", "fp8_channel", "fp8_block"]
@@ -15,7 +15,7 @@ RENAMED_RULES = {"beg": "epsilon_greedy", "model": "thompson"}
 """Values of `rollout.speculation.adaptive` that had other names."""
 
 
-class Speculation(Section):
+class SpeculationConfig(Section):
     """Drafts that the engines verify: they change how fast tokens come, never which."""
 
     drafters: list[Literal["ngram", "eagle"]] = ["ngram"]
@@ -44,7 +44,7 @@ class Speculation(Section):
         return "off" if value is False else value
 
 
-class Rollout(Section):
+class RolloutConfig(Section):
     """The fleet of vLLM engines."""
 
     engines: PositiveInt = 1
@@ -66,9 +66,9 @@ class Rollout(Section):
     sampler: Literal["coupled", "rejection"] = "coupled"
     """How tokens are sampled and drafts verified. coupled: by the seed's noise, so that rollouts are reproducible and
     the same with any drafts; rejection: by vLLM's own rule, for comparison."""
-    speculation: Speculation = Speculation()
+    speculation: SpeculationConfig = SpeculationConfig()
     """Drafts that the engines verify."""
-    history: History = History()
+    history: HistoryConfig = HistoryConfig()
     """Reuse of the responses of earlier epochs."""
     quantization: Quantization | list[Quantization] = "none"
     """Precision of the linear layers' weights and activations in the engines, quantized anew at every sync. int8: a

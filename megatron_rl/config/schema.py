@@ -8,37 +8,47 @@ model's own `config.json` (heads by TP, layers by PP) in `model_fit`.
 from pydantic import model_validator
 
 from megatron_rl.config import cross_checks
-from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.config.heldout_sets import set_name
-from megatron_rl.config.rollout import Rollout
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.section import Section
-from megatron_rl.config.sections import Checkpoint, Data, Drafter, Eval, Model, Parallel, Reward, Track, Train
+from megatron_rl.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    TrackConfig,
+    TrainConfig,
+)
 
 
 class Config(Section):
     """One experiment."""
 
-    model: Model
+    model: ModelConfig
     """The policy."""
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     """How the trainer's model is split over devices."""
-    data: Data = Data()
+    data: DataConfig = DataConfig()
     """Prompts to train and evaluate on."""
-    reward: Reward = Reward()
+    reward: RewardConfig = RewardConfig()
     """How a response is scored."""
-    algorithm: Algorithm = Algorithm()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     """The policy-gradient algorithm."""
-    train: Train = Train()
+    train: TrainConfig = TrainConfig()
     """The optimisation."""
-    rollout: Rollout = Rollout()
+    rollout: RolloutConfig = RolloutConfig()
     """The fleet of vLLM engines."""
-    drafter: Drafter = Drafter()
+    drafter: DrafterConfig = DrafterConfig()
     """The trained drafter."""
-    eval: Eval = Eval()
+    eval: EvalConfig = EvalConfig()
     """Evaluation on held-out prompts."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
-    track: Track = Track()
+    track: TrackConfig = TrackConfig()
     """Metrics and reports."""
     run_dir: str
     """Folder for everything the run writes."""

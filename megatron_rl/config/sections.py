@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from megatron_rl.config.section import Section
 
 
-class ScratchModel(Section):
+class ScratchModelConfig(Section):
     """A small Qwen3-style model with random weights and a character tokenizer, made when `model.path` has none."""
 
     hidden_size: PositiveInt = 192
@@ -28,7 +28,7 @@ class ScratchModel(Section):
     """Share the input embedding with the output layer."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The policy."""
 
     path: str
@@ -36,13 +36,13 @@ class Model(Section):
     ours."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
-    scratch: ScratchModel | None = None
+    scratch: ScratchModelConfig | None = None
     """For `sft` only: make this model from scratch, with random weights, at the start."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Options of megatron-core's `TransformerConfig` by their own names, e.g. `attention_softmax_in_fp32: true`."""
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     """How the trainer's model is split over devices."""
 
     tp_size: PositiveInt = 1
@@ -68,7 +68,7 @@ class Parallel(Section):
         return self.tp_size * self.pp_size * self.cp_size
 
 
-class Arithmetic(Section):
+class ArithmeticConfig(Section):
     """The built-in generator of arithmetic problems: products with powers of two, solved by repeated doubling."""
 
     digits: int = Field(5, ge=1, le=12)
@@ -85,7 +85,7 @@ class Arithmetic(Section):
     """Number of held-out problems; none of them is a training problem."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Prompts to train and evaluate on."""
 
     train: str = "arithmetic"
@@ -111,11 +111,11 @@ class Data(Section):
     """Longer prompts are left out, and counted in the log."""
     seed: int = 0
     """Seed of the order in which prompts are visited (and of the arithmetic generator)."""
-    arithmetic: Arithmetic = Arithmetic()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
     """Shape of the built-in problems."""
 
 
-class LengthPenalty(Section):
+class LengthPenaltyConfig(Section):
     """Soft penalty for long responses: falls linearly from 0 at `start` tokens to `-coef` at `rollout.max_tokens`."""
 
     start: PositiveInt
@@ -124,7 +124,7 @@ class LengthPenalty(Section):
     """Penalty at the length limit."""
 
 
-class Reward(Section):
+class RewardConfig(Section):
     """How a response is scored."""
 
     name: Literal["exact", "numeric", "math", "choice"] = "math"
@@ -135,11 +135,11 @@ class Reward(Section):
     `name`."""
     timeout_s: PositiveFloat = 10.0
     """Seconds after which the scoring of one response is given up and counted as 0."""
-    length_penalty: LengthPenalty | None = None
+    length_penalty: LengthPenaltyConfig | None = None
     """Optional penalty for long responses, added to the score."""
 
 
-class Train(Section):
+class TrainConfig(Section):
     """The optimisation."""
 
     steps: PositiveInt = 100
@@ -185,7 +185,7 @@ class Train(Section):
     trainer process and the phase that hang, writes all stacks to the logs, and ends; null: never."""
 
 
-class Drafter(Section):
+class DrafterConfig(Section):
     """The EAGLE head that drafts for the engines when `rollout.speculation.drafters` has `eagle`, and its training."""
 
     kind: Literal["eagle3", "eagle"] = "eagle3"
@@ -221,7 +221,7 @@ class Drafter(Section):
         return bool(self.fill or self.min_slices)
 
 
-class Eval(Section):
+class EvalConfig(Section):
     """Evaluation on held-out prompts: before the first step, every `every` steps, and at the end."""
 
     every: int = Field(0, ge=0)
@@ -238,7 +238,7 @@ class Eval(Section):
     `SET/majority_at_k`, or by the mean over all sets with the second half alone; null: do not."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every: int = Field(0, ge=0)
@@ -251,7 +251,7 @@ class Checkpoint(Section):
     """Write the final policy as a Hugging Face model to `run_dir/hf`."""
 
 
-class Wandb(Section):
+class WandbConfig(Section):
     """Weights & Biases tracking."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
@@ -262,10 +262,10 @@ class Wandb(Section):
     """Run name; null: the name of `run_dir`."""
 
 
-class Track(Section):
+class TrackConfig(Section):
     """Metrics and reports; `run_dir/metrics.jsonl` is always written."""
 
-    wandb: Wandb = Wandb()
+    wandb: WandbConfig = WandbConfig()
     """Optional wandb tracking."""
     report: bool = True
     """Write `report.md` with plots to `run_dir` at the end."""

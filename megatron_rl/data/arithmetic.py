@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from megatron_rl.config.sections import Arithmetic
+from megatron_rl.config.sections import ArithmeticConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Problem:
     response: str  # demonstration: steps and answer, or the answer at once
 
 
-def arithmetic_problems(arithmetic: Arithmetic, seed: int, heldout: bool) -> list[Problem]:
+def arithmetic_problems(arithmetic: ArithmeticConfig, seed: int, heldout: bool) -> list[Problem]:
     """The training or held-out problems, `train_size` or `eval_size` of them."""
     size = arithmetic.eval_size if heldout else arithmetic.train_size
     return [arithmetic_problem(arithmetic, seed, index, heldout) for index in range(size)]
 
 
-def arithmetic_problem(arithmetic: Arithmetic, seed: int, index: int, heldout: bool) -> Problem:
+def arithmetic_problem(arithmetic: ArithmeticConfig, seed: int, index: int, heldout: bool) -> Problem:
     """Problem number `index`: a function of its arguments alone.
 
     Whether a product is held out is a property of its numbers, not of the draw: no held-out product is ever a training

@@ -17,7 +17,7 @@ from megatron_rl.observability.console import Console
 
 
 @dataclass(frozen=True)
-class Overlap:
+class BenchmarkOverlap:
     """A training problem that shares text with an evaluation problem."""
 
     problem: Problem
@@ -104,7 +104,7 @@ def deduplicate(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
     return [group[0] for group in agreeing], duplicates, contradictory
 
 
-def find_overlaps(problems: Iterable[Problem], against: Sequence[str], ngram: int) -> list[Overlap]:
+def find_overlaps(problems: Iterable[Problem], against: Sequence[str], ngram: int) -> list[BenchmarkOverlap]:
     """The problems that share `ngram` tokens in a row with a problem of these evaluation sets.
 
     Raises:
@@ -115,7 +115,9 @@ def find_overlaps(problems: Iterable[Problem], against: Sequence[str], ngram: in
         name = spec.partition("=")[0]
         heldout = read_problems(spec, EVALUATION, "--against")
         index.add((f"{name}/{problem.index}", problem.text) for problem in heldout)
-    return [Overlap(problem, *found) for problem in problems if (found := index.find(problem.text)) is not None]
+    return [
+        BenchmarkOverlap(problem, *found) for problem in problems if (found := index.find(problem.text)) is not None
+    ]
 
 
 def overlaps_file(output: Path) -> Path:
@@ -123,7 +125,7 @@ def overlaps_file(output: Path) -> Path:
     return output.with_suffix(".overlaps.jsonl")
 
 
-def _write_overlaps(overlaps: Sequence[Overlap], file: Path) -> None:
+def _write_overlaps(overlaps: Sequence[BenchmarkOverlap], file: Path) -> None:
     lines = [
         json.dumps(
             {"index": o.problem.index, "problem": o.problem.text, "overlaps_with": o.evaluation, "shared": o.shared}

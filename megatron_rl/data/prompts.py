@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import Data
+from megatron_rl.config.sections import DataConfig
 from megatron_rl.data.arithmetic import arithmetic_problems
 from megatron_rl.data.public import EVALUATION, PROBLEM, read_problems, split_spec
 from megatron_rl.data.rows import Row, read_rows, warn_broken
@@ -48,7 +48,7 @@ class _Record:
 
 def load_prompts(
     name: str,
-    data: Data,
+    data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     split: str,
     heldout: bool,
@@ -101,14 +101,14 @@ def load_prompts(
     return kept
 
 
-def _arithmetic_records(name: str, data: Data) -> list[_Record]:
+def _arithmetic_records(name: str, data: DataConfig) -> list[_Record]:
     if name not in ("arithmetic", "arithmetic-heldout"):
         return []
     problems = arithmetic_problems(data.arithmetic, data.seed, heldout=name == "arithmetic-heldout")
     return [_Record(f"{name}/{i}", p.prompt, p.answer, name, p.response) for i, p in enumerate(problems)]
 
 
-def _public_records(spec: str, data: Data, key: str, chat: bool) -> list[_Record]:
+def _public_records(spec: str, data: DataConfig, key: str, chat: bool) -> list[_Record]:
     name = spec.partition("=")[0]
     template = data.templates.get(name, EVALUATION[name].template)
     records = []
@@ -119,7 +119,7 @@ def _public_records(spec: str, data: Data, key: str, chat: bool) -> list[_Record
     return records
 
 
-def _file_records(name: str, data: Data, key: str, split: str, needs: Column) -> list[_Record]:
+def _file_records(name: str, data: DataConfig, key: str, split: str, needs: Column) -> list[_Record]:
     rows = read_rows(name, key, split)
     if not rows:
         raise ConfigError(f"{key}={name!r} has no records.")
@@ -140,7 +140,7 @@ def _file_records(name: str, data: Data, key: str, split: str, needs: Column) ->
     return records
 
 
-def _check_columns(rows: list[Row], name: str, data: Data, key: str, needs: Column) -> None:
+def _check_columns(rows: list[Row], name: str, data: DataConfig, key: str, needs: Column) -> None:
     columns = sorted({column for row in rows for column in row})
     wanted = {"data.prompt_key": data.prompt_key}
     if needs == "response":
@@ -152,7 +152,7 @@ def _check_columns(rows: list[Row], name: str, data: Data, key: str, needs: Colu
             raise ConfigError(f"{setting}={column!r} is not a column of {key}={name!r}; it has {', '.join(columns)}.")
 
 
-def _record(row: Row, name: str, data: Data, needs: Column) -> _Record | None:
+def _record(row: Row, name: str, data: DataConfig, needs: Column) -> _Record | None:
     content = row.get(data.prompt_key)
     # verl's files may hold other columns of the same names, so its reward_model goes first.
     verl_answer = _verl_answer(row)

@@ -6,13 +6,13 @@ import torch
 
 from drafter.eagle.head import EagleHead, HeadConfig
 from drafter.eagle.head_files import load_head, save_head
-from drafter.eagle.packed_rows import PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy
 from drafter.eagle.vocabulary import DraftVocabulary
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import read_hf_config
 
 
-def initial_head(config: Config, policy: PolicyWeights, vocabulary: DraftVocabulary | None = None) -> EagleHead:
+def initial_head(config: Config, policy: FrozenPolicy, vocabulary: DraftVocabulary | None = None) -> EagleHead:
     """The head of `drafter.path`, else a new one with random weights drawn from `train.seed`; the same on all ranks.
 
     Args:

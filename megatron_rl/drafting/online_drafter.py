@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drafter.eagle.draft_loss import LossOptions
-from drafter.eagle.expected_acceptance import Acceptance
+from drafter.eagle.expected_acceptance import ExpectedAcceptance
 from drafter.eagle.head import EagleHead
 from drafter.eagle.head_files import head_tensors
-from drafter.eagle.packed_rows import PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy
 from drafter.idle_time.fill_guard import FillGuard
 from drafter.idle_time.pipeline_bubbles import BubbleStats
 from drafter.idle_time.slices import SliceRunner
@@ -34,7 +34,8 @@ from megatron_rl.drafting.feature_tap import FeatureTap, plan_windows
 from megatron_rl.drafting.step_timeline import StepTimeline
 from megatron_rl.drafting.tail_filler import TailFiller
 from megatron_rl.drafting.wait_fill import idle_fill
-from megatron_rl.models import weights as policy_weights
+from megatron_rl.metrics import Metrics
+from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.policy import Policy
 from megatron_rl.trainer.trainer import Trainer
@@ -43,19 +44,18 @@ if TYPE_CHECKING:
     from rollout.fleet.fleet import RolloutFleet
 
 log = logging.getLogger(__name__)
-Metrics = dict[str, float]
 CHECKPOINT_NAME = "drafter"
 TAIL_BEGINS_AT = 0.75
 
 
-def frozen_policy(weights: policy_weights.PolicyWeights, vocab_limit: int) -> PolicyWeights:
+def frozen_policy(weights: PolicyWeights, vocab_limit: int) -> FrozenPolicy:
     """A copy of the policy's embedding and output layer, on every rank; a collective operation of the replica.
 
     Token ids from `vocab_limit` on are never sampled: the output layer is without them.
     """
     full = dict(weights.full({"model.embed_tokens.weight", "lm_head.weight"}))
     embedding = full["model.embed_tokens.weight"]
-    return PolicyWeights(embedding=embedding, lm_head=full.get("lm_head.weight", embedding)[:vocab_limit])
+    return FrozenPolicy(embedding=embedding, lm_head=full.get("lm_head.weight", embedding)[:vocab_limit])
 
 
 class FeatureSupply:
@@ -181,7 +181,7 @@ class Drafting:
             **chances,
         }
 
-    def _score(self, head: EagleHead) -> Acceptance:
+    def _score(self, head: EagleHead) -> ExpectedAcceptance:
         assert self.trainer.policy is not None
         steps, temperature = self._config.drafter.unroll, self._config.rollout.temperature
         return score(head, self.store.held_out_rows(), self.trainer.policy, steps, temperature)

@@ -8,7 +8,7 @@ import torch
 from drafter.eagle.draft_loss import LossOptions
 from drafter.eagle.head import EagleHead
 from drafter.eagle.head_files import save_head
-from drafter.eagle.packed_rows import PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy
 from drafter.eagle.vocabulary import DraftVocabulary, choose_vocabulary
 from drafter.training.feature_store import FeatureStore
 from drafter.training.head_trainer import DraftTrainer, OptimizerOptions
@@ -21,7 +21,7 @@ from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
 from megatron_rl.generation.generator import Generator
-from megatron_rl.models import weights as policy_weights
+from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import Start, begin
 from megatron_rl.trainer.batch import Batch
@@ -62,7 +62,7 @@ def run(config: Config, options: WarmupOptions) -> None:
     console = Console(runtime.is_driver)
     start = begin(config, runtime)
     policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
-    weights = policy_weights.PolicyWeights(policy.model, start.arch)
+    weights = PolicyWeights(policy.model, start.arch)
     if options.rollouts is not None:
         batch = read_rollouts(options.rollouts, start.vocab_limit)
     else:
@@ -78,7 +78,7 @@ def run(config: Config, options: WarmupOptions) -> None:
 
 
 def _train(
-    policy: Policy, head: EagleHead, frozen: PolicyWeights, batch: Batch, console: Console, options: WarmupOptions
+    policy: Policy, head: EagleHead, frozen: FrozenPolicy, batch: Batch, console: Console, options: WarmupOptions
 ) -> EagleHead:
     settings, temperature = policy.config.drafter, policy.config.rollout.temperature
     store = FeatureStore(settings.memory_mb * 2**20, settings.tokens_per_slice, policy.config.train.seed)
@@ -141,7 +141,7 @@ def _generate(
     config: Config,
     runtime: Runtime,
     start: Start,
-    weights: policy_weights.PolicyWeights,
+    weights: PolicyWeights,
     console: Console,
     batches: int,
 ) -> Batch:

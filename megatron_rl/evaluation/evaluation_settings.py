@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.heldout_sets import set_name
-from megatron_rl.config.history import History
+from megatron_rl.config.history import HistoryConfig
 from megatron_rl.config.load import describe
 from megatron_rl.evaluation.results import file_name
 
@@ -35,7 +35,7 @@ def for_evaluation(
         "train": config.train if seed is None else config.train.model_copy(update={"seed": seed}),
         "drafter": config.drafter.model_copy(update={"path": _drafter(config)}),
         # There are no earlier responses; best and schedule may name other sets.
-        "rollout": config.rollout.model_copy(update={"history": History()}),
+        "rollout": config.rollout.model_copy(update={"history": HistoryConfig()}),
         "eval": config.eval.model_copy(update={"best": None, "schedule": {}}),
         "run_dir": str(output or Path(config.run_dir) / "eval" / Path(path).resolve().name),
     }

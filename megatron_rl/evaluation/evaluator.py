@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
-from megatron_rl.config.sections import Reward
+from megatron_rl.config.sections import RewardConfig
 from megatron_rl.data.order import evaluation_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.data.public import EVALUATION
@@ -34,7 +34,7 @@ class HeldoutSet:
     name: str
     """In metrics and files."""
     prompts: list[Prompt]
-    reward: Reward
+    reward: RewardConfig
 
 
 def load_set(spec: str, config: Config, tokenizer: "PreTrainedTokenizerBase") -> HeldoutSet:
@@ -48,7 +48,7 @@ def load_set(spec: str, config: Config, tokenizer: "PreTrainedTokenizerBase") ->
     name = set_name(spec)
     reward = config.reward
     if name in EVALUATION:
-        reward = Reward(name=EVALUATION[name].reward, timeout_s=reward.timeout_s)
+        reward = RewardConfig(name=EVALUATION[name].reward, timeout_s=reward.timeout_s)
     prompts = load_prompts(spec, config.data, tokenizer, config.data.eval_split, heldout=True)
     return HeldoutSet(name, prompts[: config.eval.max_prompts], reward)
 
@@ -155,5 +155,5 @@ class Evaluator:
             scorer.close()
 
 
-def _reward_name(reward: Reward) -> str:
+def _reward_name(reward: RewardConfig) -> str:
     return reward.function or reward.name

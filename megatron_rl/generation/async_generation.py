@@ -16,15 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from megatron_rl.config import Config
 from megatron_rl.generation.groups import Group
 from megatron_rl.generation.prompt_pool import Pool, staleness_metrics
+from megatron_rl.metrics import Metrics
 from megatron_rl.observability.console import Console
 from rollout.fleet.fleet import RolloutFleet
 from rollout.types import RolloutRequest
 
-Metrics = dict[str, float]
 LOOK_SECONDS = 1.0  # between looks at whether the thread has failed
 
 
-class Overlap:
+class AsyncGeneration:
     """Gives each step its prompts, answered. All methods are the driver's."""
 
     def __init__(self, config: Config, pool: Pool, fleet: RolloutFleet, console: Console) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from megatron_rl.metrics import Metrics
 from megatron_rl.rewards.builtin import last_number
 from rollout.types import Rollout
 
-Metrics = dict[str, float]
 _BOX = "\\boxed"
 
 

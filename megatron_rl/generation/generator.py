@@ -11,7 +11,7 @@ from megatron_rl.data.order import PromptOrder, rollout_seed
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.evaluation.evaluator import Evaluator, load_set
 from megatron_rl.evaluation.statistics import summarize
-from megatron_rl.generation.async_generation import Overlap
+from megatron_rl.generation.async_generation import AsyncGeneration
 from megatron_rl.generation.diversity import group_diversity
 from megatron_rl.generation.dynamic_sampling import DynamicSampling
 from megatron_rl.generation.groups import Group
@@ -70,10 +70,10 @@ class Generator:
         self._evaluator = Evaluator(config, tokenizer, fleet, console, list(self._heldout.values()), self._scorer)
         self.reuse = Reuse(config)
         """Earlier responses."""
-        self.overlap: Overlap | None = None
+        self.overlap: AsyncGeneration | None = None
         """Of a run whose responses may outlast a step."""
         if config.rollout.overlap_setting:
-            self.overlap = Overlap(config, Pool(config, self._numbered), fleet, console)
+            self.overlap = AsyncGeneration(config, Pool(config, self._numbered), fleet, console)
         self.metrics: dict[str, float] = {}
         """What the last call measured."""
         self.watch: Watch = lambda rollouts, total: rollouts

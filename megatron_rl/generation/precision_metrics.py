@@ -9,12 +9,12 @@ from torch import Tensor
 
 from megatron_rl.algorithms import TokenCorrection, mismatch_metrics
 from megatron_rl.config import Config
-from megatron_rl.config.rollout import Rollout as RolloutOptions
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.metrics import Metrics
 from rollout.fleet.mixed_precision import PrecisionCounts
 from rollout.types import Rollout
 
 log = logging.getLogger(__name__)
-Metrics = dict[str, float]
 
 
 def warn_of_bias(config: Config) -> None:
@@ -34,7 +34,7 @@ def warn_of_bias(config: Config) -> None:
         )
 
 
-def generation_metrics(rollouts: Sequence[Rollout], counts: PrecisionCounts, options: RolloutOptions) -> Metrics:
+def generation_metrics(rollouts: Sequence[Rollout], counts: PrecisionCounts, options: RolloutConfig) -> Metrics:
     """`precision/*` and `saved/quantization_s` of `docs/metrics.md`, as far as a generation gives them.
 
     Args:

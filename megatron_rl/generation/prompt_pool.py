@@ -8,10 +8,9 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.generation.groups import Group, visit
+from megatron_rl.metrics import Metrics
 from rollout.fleet.requests import RequestKey, go_on, join, key_of
-from rollout.types import Rollout, RolloutRequest, Source
-
-Metrics = dict[str, float]
+from rollout.types import Rollout, RolloutRequest, TokenSource
 
 
 class Pool:
@@ -151,7 +150,7 @@ class Pool:
             logprobs=packed["logprobs"].tolist(),
             finish_reason=packed["reason"],
             policy_version=packed["version"],
-            sources=[Source(value) for value in packed["sources"].tolist()],
+            sources=[TokenSource(value) for value in packed["sources"].tolist()],
             precisions=packed["precisions"],
             versions=packed["versions"],
         )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.config.history import LenienceBudget
+from megatron_rl.config.history import LenienceBudgetConfig
 from megatron_rl.data.order import is_refreshed
-from megatron_rl.generation.response_store import History, Key
-from rollout.types import Past, Rollout, RolloutRequest, Source
+from megatron_rl.generation.response_store import Key, ResponseStore
+from megatron_rl.metrics import Metrics
+from rollout.types import Past, Rollout, RolloutRequest, TokenSource
 
-Metrics = dict[str, float]
-_DRAFTED = (Source.DRAFT,)
-_REUSED = (Source.HISTORY, Source.KEPT)
+_DRAFTED = (TokenSource.DRAFT,)
+_REUSED = (TokenSource.HISTORY, TokenSource.KEPT)
 
 
 class Lenience:
@@ -29,7 +29,7 @@ class Lenience:
     BOUND = 2.0
     """Nats; SPEC-RL lost accuracy there, so more is for those who ask for it."""
 
-    def __init__(self, start: float, budget: LenienceBudget | None) -> None:
+    def __init__(self, start: float, budget: LenienceBudgetConfig | None) -> None:
         self.value = start
         self._budget = budget
 
@@ -67,7 +67,7 @@ class Reuse:
 
     def __init__(self, config: Config) -> None:
         self._config, self._settings = config, config.rollout.history
-        self._history = History(self._settings.memory_mb * 2**20)
+        self._history = ResponseStore(self._settings.memory_mb * 2**20)
         self._lenience = Lenience(self._settings.lenience, self._settings.budget)
         # Responses that are expected to come again in the step under way, by prompt id, sample index, epoch.
         self._pasts: dict[tuple[str, int, int], Past] = {}
@@ -125,7 +125,7 @@ class Reuse:
         ratios: list[float] = []
         for rollout in rollouts:
             past = self._pasts.get((rollout.prompt_id, rollout.sample_index, rollout.epoch))
-            kept = rollout.sources.count(Source.KEPT)
+            kept = rollout.sources.count(TokenSource.KEPT)
             if past is not None and kept:
                 thens = past.logprobs[:kept].tolist()
                 ratios += [now - then for now, then in zip(rollout.logprobs[:kept], thens, strict=True)]

@@ -37,7 +37,7 @@ class Record:
         return _RECORD_BYTES + self.past.token_ids.nbytes + self.past.logprobs.nbytes
 
 
-class History:
+class ResponseStore:
     """Records by key, within a budget of memory: those that were stored longest ago are forgotten first."""
 
     def __init__(self, max_bytes: int) -> None:

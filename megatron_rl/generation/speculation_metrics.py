@@ -4,15 +4,15 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_rl.config.rollout import Rollout as RolloutOptions
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.metrics import Metrics
 from rollout.speculation.bandit import EAGLE
-from rollout.types import HISTORY, SUFFIX, Rollout, Source, SpeculationCounts
+from rollout.types import HISTORY, SUFFIX, Rollout, SpeculationCounts, TokenSource
 
 log = logging.getLogger(__name__)
-Metrics = dict[str, float]
 
 
-def drafter_names(options: RolloutOptions) -> list[str]:
+def drafter_names(options: RolloutConfig) -> list[str]:
     """The drafters that the section `rollout` asks for."""
     drafters: list[str] = [*options.speculation.drafters] if options.speculation.adaptive != "off" else []
     return drafters + ([HISTORY, SUFFIX] if options.history.mode != "off" else [])
@@ -31,7 +31,7 @@ def speculation_metrics(
     if not counts:
         return {}
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    from_drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
+    from_drafts = sum(source == TokenSource.DRAFT for rollout in rollouts for source in rollout.sources)
     drafted = sum(count.drafted for count in counts)
     seconds = sum(count.seconds for count in counts)
     metrics = {

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import ScratchModel
+from megatron_rl.config.sections import ScratchModelConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PRINTABLE = "\n " + string.digits + string.ascii_letters + string.punctuation
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_scratch_model(path: str | Path, scratch: ScratchModel) -> None:
+def make_scratch_model(path: str | Path, scratch: ScratchModelConfig) -> None:
     """Write `config.json`, `generation_config.json` and the tokenizer of a new model to the folder `path`.
 
     The trainer draws the weights. The files follow the layout of published Qwen3 models, so that `transformers`, vLLM
@@ -62,7 +62,7 @@ def character_tokenizer(max_positions: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _model_config(scratch: ScratchModel, vocab_size: int) -> dict[str, object]:
+def _model_config(scratch: ScratchModelConfig, vocab_size: int) -> dict[str, object]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import Reward
+from megatron_rl.config.sections import RewardConfig
 from megatron_rl.rewards.builtin import BUILTIN, INLINE, length_penalty
 from megatron_rl.rewards.scoring_process import describe, evaluate
 
@@ -65,7 +65,7 @@ class Scorer:
         ConfigError: at construction, when `reward.function` cannot be used.
     """
 
-    def __init__(self, reward: Reward, max_tokens: int, workers: int | None = None) -> None:
+    def __init__(self, reward: RewardConfig, max_tokens: int, workers: int | None = None) -> None:
         self._reward = reward
         self._max_tokens = max_tokens
         self._errors = self._timeouts = 0

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from megatron_rl.models.attention import PackedSequences
 from megatron_rl.models.context_parallel import held_places
-from rollout.types import Rollout, Source
+from rollout.types import Rollout, TokenSource
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Batch:
     def from_rollouts(cls, rollouts: list[Rollout]) -> "Batch":
         """The batch of `rollouts`, with their `rollout_logprobs` and `reused`."""
         reused = torch.tensor(
-            [source == Source.KEPT for rollout in rollouts for source in rollout.sources], dtype=torch.float32
+            [source == TokenSource.KEPT for rollout in rollouts for source in rollout.sources], dtype=torch.float32
         )
         logprobs = torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32)
         return cls(

@@ -7,11 +7,12 @@ from megatron_rl.algorithms import token_weights
 from megatron_rl.algorithms.ppo import explained_variance, value_loss
 from megatron_rl.config import Config
 from megatron_rl.distributed.runtime import Runtime
+from megatron_rl.metrics import Metrics
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.value_head import attach_value_head
 from megatron_rl.trainer.batch import Batch, Microbatch, with_values
 from megatron_rl.trainer.policy import Progress
-from megatron_rl.trainer.trainer import Metrics, Trainer
+from megatron_rl.trainer.trainer import Trainer
 
 
 class Critic(Trainer):

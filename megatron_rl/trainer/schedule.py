@@ -2,10 +2,10 @@
 
 import torch
 
-from megatron_rl.config.sections import Train
+from megatron_rl.config.sections import TrainConfig
 
 
-def learning_rate(train: Train, update: int, total_updates: int) -> float:
+def learning_rate(train: TrainConfig, update: int, total_updates: int) -> float:
     """Learning rate of optimizer step `update` (counted from 0): linear warm-up, then the configured decay."""
     if update < train.warmup_steps:
         return train.lr * (update + 1) / train.warmup_steps

@@ -19,6 +19,7 @@ from megatron_rl.algorithms import (
 )
 from megatron_rl.config import Config
 from megatron_rl.distributed.runtime import Runtime
+from megatron_rl.metrics import Metrics
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch, Microbatch, with_values
@@ -26,8 +27,6 @@ from megatron_rl.trainer.moe_routing import Routing
 from megatron_rl.trainer.policy import LossFunction, PlacedValues, Policy, Progress, _is_first_copy
 from megatron_rl.trainer.schedule import learning_rate
 from megatron_rl.trainer.update_guard import UpdateGuard
-
-Metrics = dict[str, float]
 
 
 class Trainer(Policy):

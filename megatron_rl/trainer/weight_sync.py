@@ -16,8 +16,7 @@ from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.weights import PolicyWeights
 from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.checksum import differing, source_checksums
-from rollout.weight_transfer.connection import WeightSync as Connection
-from rollout.weight_transfer.connection import connect, segment_name
+from rollout.weight_transfer.connection import WeightConnection, connect, segment_name
 from rollout.weight_transfer.shm import ShardedWeightSource
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 MEMCPY_SAMPLE_BYTES = 2**28
 
 
-class Source(ShardedWeightSource):
+class PolicyWeightSource(ShardedWeightSource):
     """The policy's weights as vLLM's weight transfer reads them."""
 
     def __init__(self, weights: PolicyWeights) -> None:
@@ -60,7 +59,7 @@ class WeightSync:
     ) -> None:
         """`fleet` is the driver's, None elsewhere; `backend` is shm, ipc or nccl."""
         self._config, self._runtime, self._fleet = config, runtime, fleet
-        self._source = Source(weights)
+        self._source = PolicyWeightSource(weights)
         self._backend, self._coordinator = backend, coordinator
         self._memcpy = _memcpy_gb_per_s(self._source) if runtime.is_driver else 0.0
         self._connection = self._connect()
@@ -68,7 +67,7 @@ class WeightSync:
         self._restarted: list[int] = []
         coordinator.register("restore a restarted engine", self._restore_from_all_ranks)
 
-    def _connect(self, engines: list[int] | None = None) -> Connection:
+    def _connect(self, engines: list[int] | None = None) -> WeightConnection:
         config = self._config
         count = config.rollout.engines if engines is None else len(engines)
         return connect(
@@ -194,7 +193,7 @@ def rounding_metrics(parts: Sequence[Mapping[str, "Rounding"]], bound: float) ->
     }
 
 
-def _memcpy_gb_per_s(source: Source) -> float:
+def _memcpy_gb_per_s(source: PolicyWeightSource) -> float:
     """Speed of one plain copy of as many bytes as a sync moves (up to a bound), median of five, in GB/s."""
     total = sum(meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in source.metadata())
     origin = torch.zeros(min(total, MEMCPY_SAMPLE_BYTES), dtype=torch.uint8)

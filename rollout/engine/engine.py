@@ -21,7 +21,7 @@ from rollout.types import (
     SPECULATION_KEY,
     Rollout,
     RolloutRequest,
-    Source,
+    TokenSource,
 )
 from rollout.weight_transfer.checksum import combine
 
@@ -269,7 +269,7 @@ class RolloutEngine:
         completion = output.outputs[0]
         tokens = list(completion.token_ids)
         internal_name = self._internal_names.pop(output.request_id)
-        sources = [Source.FRESH] * len(tokens)
+        sources = [TokenSource.FRESH] * len(tokens)
         if self._speculates:
             sources = self._scheduler.take_sources(internal_name, len(tokens))
         return Rollout(

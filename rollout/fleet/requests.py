@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import replace
 
-from rollout.types import Rollout, RolloutRequest, Source
+from rollout.types import Rollout, RolloutRequest, TokenSource
 
 RequestKey = tuple[str, int, int]  # prompt id, sample index, epoch: a step may straddle two epochs
 
@@ -37,7 +37,7 @@ def go_on(request: RolloutRequest, begun: Rollout) -> RolloutRequest:
     differs already.
     """
     past, length = request.past, len(begun.token_ids)
-    if past is not None and all(source in (Source.HISTORY, Source.KEPT) for source in begun.sources):
+    if past is not None and all(source in (TokenSource.HISTORY, TokenSource.KEPT) for source in begun.sources):
         past = replace(past, token_ids=past.token_ids[length:], logprobs=past.logprobs[length:])
     else:
         past = None

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 
-class Acceptance:
+class AcceptanceModel:
     """Per draft position, the chance that a draft is accepted after those before it were; old steps fade."""
 
     FADE = 0.995

@@ -22,7 +22,7 @@ from statistics import fmean, median
 from typing import Any, Protocol
 
 from megatron_rl.config import ConfigError
-from rollout.speculation.acceptance_model import Acceptance
+from rollout.speculation.acceptance_model import AcceptanceModel
 from rollout.speculation.latency_model import LatencyModel
 
 WINDOW = 96  # steps that a median looks back on: older ones are forgotten
@@ -269,7 +269,7 @@ class ThompsonController:
         """Raises ConfigError when `arms` lacks `PLAIN`."""
         _check_arms(arms)
         self._arms = sorted(arms, key=lambda arm: arm.k)
-        self._acceptance = {arm.drafter: Acceptance() for arm in arms if arm.k}
+        self._acceptance = {arm.drafter: AcceptanceModel() for arm in arms if arm.k}
         self._latency = {name: LatencyModel(serial=name == EAGLE) for name in self._acceptance}
         self._trust = 1.0  # accepted tokens per token that drafters expected to be accepted
         self._current: dict[int, Arm] = {}

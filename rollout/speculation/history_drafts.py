@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 from rollout.sampling.lenient import Judged
 from rollout.speculation.ngram import NgramDrafter
-from rollout.types import GROUP_KEY, HISTORY, LENIENCE_KEY, PAST_KEY, SEED_KEY, SUFFIX, Past, Source
+from rollout.types import GROUP_KEY, HISTORY, LENIENCE_KEY, PAST_KEY, SEED_KEY, SUFFIX, Past, TokenSource
 
 _CONTEXT = 24  # tokens before a detour that the n-gram drafter is shown
 _FADE = 0.999  # per draft token that was put to the test
@@ -49,7 +49,7 @@ class HistoryDrafts:
         self._ngram = NgramDrafter(max(self.max_draft_tokens, 1), self.max_bytes)
         self._started = 0
         self._accepted, self._tried = _BEGIN
-        self._done: dict[str, tuple[int, Source]] = {}
+        self._done: dict[str, tuple[int, TokenSource]] = {}
 
     def start(self, request: Request) -> None:
         """A request begins."""
@@ -72,16 +72,16 @@ class HistoryDrafts:
         """The request ends."""
         if (reuse := self._requests.pop(request.request_id, None)) is None:
             return
-        self._done[request.request_id] = reuse.kept, Source.HISTORY if reuse.lenience is None else Source.KEPT
+        self._done[request.request_id] = reuse.kept, TokenSource.HISTORY if reuse.lenience is None else TokenSource.KEPT
         if reuse.number is not None:
             self._ngram.finish(reuse.number)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
-    def take_kept(self, request_id: str) -> tuple[int, Source]:
+    def take_kept(self, request_id: str) -> tuple[int, TokenSource]:
         """How many tokens a finished request has of its earlier response, from the beginning; forgets them."""
-        return self._done.pop(request_id, (0, Source.HISTORY))
+        return self._done.pop(request_id, (0, TokenSource.HISTORY))
 
     def propose(
         self, ready: Iterable[Request], room: Callable[[Request], int], threshold: float

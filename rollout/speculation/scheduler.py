@@ -33,7 +33,7 @@ from rollout.speculation.eagle import HeadDrafts
 from rollout.speculation.history_drafts import HistoryDrafts
 from rollout.speculation.ngram import Drafts, NgramDrafter
 from rollout.speculation.step_cost import StepCost
-from rollout.types import GROUP_KEY, HISTORY, SPECULATION_KEY, Source, SpeculationCounts
+from rollout.types import GROUP_KEY, HISTORY, SPECULATION_KEY, SpeculationCounts, TokenSource
 
 TIMELINE_STEPS = 4096
 # Where drafts do not pay, making and weighing them would be all they cost: after so many steps without one, they are
@@ -157,12 +157,12 @@ class SpeculativeScheduler(Scheduler):
             self._history.finish(request)
         return super()._free_request(request, *args, **kwargs)
 
-    def take_sources(self, request_id: str, tokens: int) -> list[Source]:
+    def take_sources(self, request_id: str, tokens: int) -> list[TokenSource]:
         """Where the tokens of a finished request came from; forgets it."""
-        sources = [Source.FRESH] * tokens
+        sources = [TokenSource.FRESH] * tokens
         for place in self._accepted.pop(request_id, []):
             if place < tokens:  # drafts may reach past a stop token
-                sources[place] = Source.DRAFT
+                sources[place] = TokenSource.DRAFT
         kept, source = self._history.take_kept(request_id)
         sources[:kept] = [source] * min(kept, tokens)
         return sources

@@ -35,7 +35,7 @@ class SyncReport:
         return self.bytes / self.seconds / 1e9
 
 
-class WeightSync:
+class WeightConnection:
     """A trainer rank's connection to the engines behind its client."""
 
     def __init__(self, engine: TrainerWeightTransferEngine, source: ShardedWeightSource) -> None:
@@ -81,7 +81,7 @@ def connect(
     barrier: Callable[[], None],
     segment: str,
     workers: int,
-) -> WeightSync:
+) -> WeightConnection:
     """Connect this trainer rank to the engines; called on every rank, and again whenever engines were replaced.
 
     `backend` is shm, ipc or nccl; rank 0 alone uses its `client`; `barrier` waits for all trainer ranks; `segment`
@@ -90,7 +90,7 @@ def connect(
     """
     register_shm_transfer()
     info = _init_info(backend, rank, barrier, segment, workers)
-    return WeightSync(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source)
+    return WeightConnection(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source)
 
 
 def _init_info(backend: str, rank: int, barrier: Callable[[], None], segment: str, workers: int) -> TrainerInitInfo:

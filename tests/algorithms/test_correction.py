@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import TokenCorrection, correct_mismatch, mismatch_metrics
-from megatron_rl.config.algorithm import Correction
+from megatron_rl.config.algorithm import CorrectionConfig
 
 # Responses of 2, 3, 0 and 1 tokens.
 LENGTHS = torch.tensor([2, 3, 0, 1])
@@ -12,13 +12,13 @@ RATIOS = torch.tensor([2.0, 0.5, 3.0, 1.0, 1.5, 0.25], dtype=torch.float64)
 ROLLOUT = torch.tensor([0.25, 0.4, 0.3, 0.1, 0.2, 0.8], dtype=torch.float64).log()
 OLD = ROLLOUT + RATIOS.log()
 FORMS = {
-    "none": Correction(kind="none"),
-    "token-tis": Correction(cap=2.5),
-    "sequence-tis": Correction(level="sequence", cap=2.5),
-    "token-mask": Correction(kind="mask", cap=2.5, floor=0.4),
-    "sequence-mask": Correction(kind="mask", level="sequence", cap=2.5, floor=0.5),
-    "geometric-mask": Correction(kind="mask", level="geometric", cap=1.5, floor=0.5),
-    "veto": Correction(kind="none", veto=0.3),
+    "none": CorrectionConfig(kind="none"),
+    "token-tis": CorrectionConfig(cap=2.5),
+    "sequence-tis": CorrectionConfig(level="sequence", cap=2.5),
+    "token-mask": CorrectionConfig(kind="mask", cap=2.5, floor=0.4),
+    "sequence-mask": CorrectionConfig(kind="mask", level="sequence", cap=2.5, floor=0.5),
+    "geometric-mask": CorrectionConfig(kind="mask", level="geometric", cap=1.5, floor=0.5),
+    "veto": CorrectionConfig(kind="none", veto=0.3),
 }
 # Products: 1, 4.5, -, 0.25. Geometric means: 1, 1.65, -, 0.25.
 EXPECTED = {
@@ -45,20 +45,20 @@ def test_weights_and_rejections_by_hand(form):
 
 
 def test_a_mask_without_floor_rejects_only_large_ratios():
-    assert _correct(Correction(kind="mask", cap=1.75)).kept.tolist() == [False, True, False, True, True, True]
-    geometric = _correct(Correction(kind="mask", level="geometric", cap=2.0)).weights
+    assert _correct(CorrectionConfig(kind="mask", cap=1.75)).kept.tolist() == [False, True, False, True, True, True]
+    geometric = _correct(CorrectionConfig(kind="mask", level="geometric", cap=2.0)).weights
     assert geometric.tolist() == pytest.approx([1, 1, *[4.5 ** (1 / 3)] * 3, 0.25])
 
 
 def test_the_bounds_themselves_are_kept():
     old, rollout = torch.tensor([-1.0, -0.5, -2.0]), torch.full((3,), -1.0)
-    bounds = Correction(kind="mask", cap=1.0, floor=1.0)
+    bounds = CorrectionConfig(kind="mask", cap=1.0, floor=1.0)
     assert _correct(bounds, old, rollout, torch.tensor([3])).kept.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["none", "tis", "mask"])
 def test_one_vetoed_token_rejects_its_response_and_no_other(kind):
-    corrected = _correct(Correction(kind=kind, cap=5.0, veto=0.75))
+    corrected = _correct(CorrectionConfig(kind=kind, cap=5.0, veto=0.75))
     assert corrected.vetoed.tolist() == [True, False, False, True]
     assert corrected.kept.tolist() == [False, False, True, True, True, False]
     assert corrected.weights[~corrected.kept].tolist() == [0, 0, 0]
@@ -66,19 +66,19 @@ def test_one_vetoed_token_rejects_its_response_and_no_other(kind):
 
 def test_a_veto_below_the_bound_of_log_ratios_still_works():
     old, rollout = torch.tensor([-30.0, -15.0]), torch.tensor([-1.0, -1.0])
-    corrected = _correct(Correction(veto=1e-10), old, rollout, torch.tensor([1, 1]))
+    corrected = _correct(CorrectionConfig(veto=1e-10), old, rollout, torch.tensor([1, 1]))
     assert corrected.kept.tolist() == [False, True]
 
 
 def test_normalized_weights_have_mean_1_over_what_is_kept():
-    tokens = _correct(Correction(cap=2.5, normalize=True)).weights
+    tokens = _correct(CorrectionConfig(cap=2.5, normalize=True)).weights
     torch.testing.assert_close(tokens, torch.tensor([2, 0.5, 2.5, 1, 1.5, 0.25], dtype=torch.float64) * 6 / 7.75)
-    masked = _correct(Correction(kind="mask", cap=2.5, floor=0.4, normalize=True)).weights
+    masked = _correct(CorrectionConfig(kind="mask", cap=2.5, floor=0.4, normalize=True)).weights
     torch.testing.assert_close(masked, torch.tensor([2, 0.5, 0, 1, 1.5, 0], dtype=torch.float64) * 4 / 5)
     # Three responses with weights 1, 2.5, 0.25: each counts once, however long it is; the empty one does not.
-    responses = _correct(Correction(level="sequence", cap=2.5, normalize=True)).weights
+    responses = _correct(CorrectionConfig(level="sequence", cap=2.5, normalize=True)).weights
     torch.testing.assert_close(responses, torch.tensor([1, 1, 2.5, 2.5, 2.5, 0.25], dtype=torch.float64) * 3 / 3.75)
-    vetoed = _correct(Correction(level="sequence", cap=2.5, veto=0.3, normalize=True)).weights
+    vetoed = _correct(CorrectionConfig(level="sequence", cap=2.5, veto=0.3, normalize=True)).weights
     torch.testing.assert_close(vetoed, torch.tensor([1, 1, 2.5, 2.5, 2.5, 0], dtype=torch.float64) * 2 / 3.5)
 
 
@@ -100,7 +100,7 @@ def test_equal_log_probs_change_nothing(correction):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_a_huge_ratio_gives_exactly_the_cap(level):
-    corrected = _correct(Correction(level=level, cap=8.0), torch.zeros(6), torch.full((6,), -1e4))
+    corrected = _correct(CorrectionConfig(level=level, cap=8.0), torch.zeros(6), torch.full((6,), -1e4))
     assert corrected.weights.tolist() == [8.0] * 6
     assert corrected.clipped.all()
 
@@ -134,7 +134,7 @@ def test_no_tokens_and_only_rejected_tokens_give_no_nan(correction):
 
 def test_correction_metrics_by_hand():
     # Response 4 is vetoed, and token 3 is cut.
-    assert _correct(Correction(cap=2.5, veto=0.3)).metrics() == pytest.approx(
+    assert _correct(CorrectionConfig(cap=2.5, veto=0.3)).metrics() == pytest.approx(
         {"weight_mean": 7.5 / 5, "clipped_fraction": 1 / 6, "rejected_fraction": 1 / 6, "vetoed_fraction": 1 / 4}
     )
     assert _correct(FORMS["token-mask"]).metrics() == pytest.approx(
@@ -199,7 +199,7 @@ def test_tokens_kept_from_history_are_treated_as_asked(form, treatment):
 
 
 def test_parts_make_up_the_whole_and_keep_their_own_normalization():
-    correction = Correction(kind="tis", cap=2.0, normalize=True)
+    correction = CorrectionConfig(kind="tis", cap=2.0, normalize=True)
     half = len(LENGTHS) // 2
     cut = int(LENGTHS[:half].sum())
     parts = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import PolicyTokens, grpo_advantages, load_algorithm, policy_objective, token_weights
-from megatron_rl.config.algorithm import PRESETS, Algorithm
+from megatron_rl.config.algorithm import PRESETS, AlgorithmConfig
 
 FROM_REWARDS = set(PRESETS) - {"ppo"}
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -17,7 +17,7 @@ EQUAL = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7], dtype=torch.float64)
 
 
 def advantages(name, rewards=REWARDS, groups=GROUPS, lengths=LENGTHS, **settings):
-    return load_algorithm(Algorithm(name=name, **settings)).advantages(rewards, groups, lengths)
+    return load_algorithm(AlgorithmConfig(name=name, **settings)).advantages(rewards, groups, lengths)
 
 
 def per_token(values):
@@ -117,7 +117,7 @@ def make_tokens(ratios, values, lengths, kept=None, aggregation="seq-mean-token-
 
 def learn(name, tokens, **settings):
     """Loss, clipped share and gradient."""
-    loss, metrics = policy_objective(tokens, load_algorithm(Algorithm(name=name, **settings)))
+    loss, metrics = policy_objective(tokens, load_algorithm(AlgorithmConfig(name=name, **settings)))
     (gradient,) = torch.autograd.grad(loss, tokens.new_logprobs)
     return loss.item(), metrics["clip_fraction"].item(), gradient.tolist()
 

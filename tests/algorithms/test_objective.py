@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import PolicyTokens, correct_mismatch, load_algorithm, policy_objective, token_weights
-from megatron_rl.config.algorithm import Algorithm, Correction, Kl
+from megatron_rl.config.algorithm import AlgorithmConfig, CorrectionConfig, KlConfig
 
 FULL = load_algorithm(
-    Algorithm(clip_low=0.2, clip_high=0.3, dual_clip=3.0, entropy_coef=0.1, kl=Kl(coef=0.5, estimator="k2"))
+    AlgorithmConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, entropy_coef=0.1, kl=KlConfig(coef=0.5, estimator="k2"))
 )
 CORRECTIONS = [
-    Correction(),
-    Correction(level="sequence", normalize=True),
-    Correction(kind="mask", cap=1.15, floor=0.5, normalize=True),
-    Correction(kind="mask", level="sequence", cap=1.5, veto=0.5),
-    Correction(kind="mask", level="geometric", cap=1.2),
+    CorrectionConfig(),
+    CorrectionConfig(level="sequence", normalize=True),
+    CorrectionConfig(kind="mask", cap=1.15, floor=0.5, normalize=True),
+    CorrectionConfig(kind="mask", level="sequence", cap=1.5, veto=0.5),
+    CorrectionConfig(kind="mask", level="geometric", cap=1.2),
 ]
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -143,7 +143,7 @@ def test_rejected_tokens_change_neither_loss_nor_gradient_nor_metrics(aggregatio
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_rejecting_tokens_is_training_without_them(aggregation):
     lengths = torch.tensor([1, 4, 2, 0, 7, 1])
-    correction = Correction(kind="mask", cap=1.15)
+    correction = CorrectionConfig(kind="mask", cap=1.15)
     batch = _random_batch(lengths, aggregation, correction)
     kept = batch.weights > 0
     remaining = torch.stack([part.sum() for part in kept.split(lengths.tolist())])
@@ -172,6 +172,6 @@ def test_kl_without_reference_log_probs_is_an_error():
     batch = replace(_random_batch(torch.tensor([2]), "token-mean"), ref_logprobs=None)
     with pytest.raises(ValueError, match="ref_logprobs"):
         policy_objective(batch, FULL)
-    loss, metrics = policy_objective(batch, load_algorithm(Algorithm()))
+    loss, metrics = policy_objective(batch, load_algorithm(AlgorithmConfig()))
     assert torch.isfinite(loss)
     assert "kl" not in metrics

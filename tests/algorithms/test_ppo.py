@@ -3,7 +3,7 @@ import torch
 
 from megatron_rl.algorithms import load_algorithm
 from megatron_rl.algorithms.ppo import explained_variance, final_rewards, gae, value_loss
-from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.algorithm import AlgorithmConfig
 
 
 def _tensor(*values):
@@ -81,11 +81,11 @@ def test_without_a_clip_it_is_half_the_squared_error():
 def test_ppo_whitens_the_advantages_and_not_the_returns():
     # Advantages of one-token responses are reward - value: 1, -1, 3. Mean 1, variance (0 + 4 + 4) / 3.
     rewards, values, lengths = _tensor(1, 0, 4), _tensor(0, 1, 1), torch.tensor([1, 1, 1])
-    advantages, returns = load_algorithm(Algorithm(name="ppo")).estimate(rewards, values, lengths)
+    advantages, returns = load_algorithm(AlgorithmConfig(name="ppo")).estimate(rewards, values, lengths)
     s = (8 / 3) ** 0.5
     assert advantages.tolist() == pytest.approx([0, -2 / s, 2 / s])
     assert returns.tolist() == [1, 0, 4]
-    plain = load_algorithm(Algorithm(name="ppo", normalize_std=False))
+    plain = load_algorithm(AlgorithmConfig(name="ppo", normalize_std=False))
     assert plain.estimate(rewards, values, lengths)[0].tolist() == [1, -1, 3]
 
 

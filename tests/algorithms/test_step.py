@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import load_algorithm, step_advantages
-from megatron_rl.config.algorithm import Algorithm
+from megatron_rl.config.algorithm import AlgorithmConfig
 
 REWARDS = torch.tensor([1.0, -2.0], dtype=torch.float64)
 GROUPS = torch.tensor([0, 0])
@@ -16,14 +16,14 @@ def _tensor(*values):
 
 
 def test_without_a_critic_there_are_advantages_alone():
-    algorithm = load_algorithm(Algorithm(name="dr_grpo"))
+    algorithm = load_algorithm(AlgorithmConfig(name="dr_grpo"))
     found = step_advantages(algorithm, REWARDS, GROUPS, LENGTHS, {})
     assert {name: values.tolist() for name, values in found.items()} == {"advantages": [1.5, 1.5, 1.5, -1.5]}
 
 
 @pytest.mark.parametrize("kl", [{"coef": 0.5}, {"coef": 0.0, "place": "reward"}])
 def test_a_penalty_elsewhere_leaves_the_reward_alone(kl):
-    algorithm = load_algorithm(Algorithm(name="ppo", normalize_std=False, kl=kl))
+    algorithm = load_algorithm(AlgorithmConfig(name="ppo", normalize_std=False, kl=kl))
     known = {"values": _tensor(0, 0, 0, 0), "old_logprobs": _tensor(0, 0, 0, 0), "ref_logprobs": _tensor(1, 1, 1, 1)}
     assert step_advantages(algorithm, REWARDS, GROUPS, LENGTHS, known)["returns"].tolist() == [1, 1, 1, -2]
 
@@ -41,7 +41,7 @@ def test_the_penalty_is_taken_off_every_token():
         "old_logprobs": _tensor(-1, -1, -1, -1),
         "ref_logprobs": _tensor(-1.2, -0.6, -1, -2),
     }
-    algorithm = load_algorithm(Algorithm(name="ppo", kl=kl, **settings))
+    algorithm = load_algorithm(AlgorithmConfig(name="ppo", kl=kl, **settings))
     found = step_advantages(algorithm, REWARDS, GROUPS, LENGTHS, known)
     assert found["advantages"].tolist() == pytest.approx([-0.087, 0.34, 0.8, -2.8])
     assert found["returns"].tolist() == pytest.approx([0.413, 0.74, 1.0, -2.5])

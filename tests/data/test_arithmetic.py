@@ -1,10 +1,10 @@
 import pytest
 
-from megatron_rl.config.sections import Arithmetic
+from megatron_rl.config.sections import ArithmeticConfig
 from megatron_rl.data.arithmetic import arithmetic_problem, arithmetic_problems, is_heldout, worked_steps
 from megatron_rl.rewards.builtin import last_number
 
-MIXED = Arithmetic(digits=4, min_doublings=1, max_doublings=5, direct_fraction=0.5, train_size=600, eval_size=300)
+MIXED = ArithmeticConfig(digits=4, min_doublings=1, max_doublings=5, direct_fraction=0.5, train_size=600, eval_size=300)
 
 
 def _numbers(problem):
@@ -61,6 +61,6 @@ def test_the_share_of_direct_answers_is_as_configured(share, low, high):
 
 
 def test_default_responses_have_uneven_lengths_of_tens_of_characters():
-    problems = arithmetic_problems(Arithmetic(direct_fraction=0.0), 0, heldout=True)
+    problems = arithmetic_problems(ArithmeticConfig(direct_fraction=0.0), 0, heldout=True)
     assert {len(problem.response) for problem in problems} == {24, 33, 42, 51, 60}
     assert len({problem.prompt for problem in problems}) > 230

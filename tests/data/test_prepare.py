@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import Data
+from megatron_rl.config.sections import DataConfig
 from megatron_rl.data import load_prompts
 from megatron_rl.data.decontamination import OverlapIndex, tokens
 from megatron_rl.data.prepare import deduplicate, overlaps_file, prepare
@@ -89,11 +89,11 @@ def test_overlaps_can_be_kept_and_shorter_ones_found(run) -> None:
 def test_what_was_prepared_can_be_trained_on(run) -> None:
     output, _ = run([("What is 1 + 1?", "2")], [], template="{problem} Think.")
     tokenizer = character_tokenizer(1024)
-    (prompt,) = load_prompts(str(output), Data(), tokenizer, "train", heldout=False)
+    (prompt,) = load_prompts(str(output), DataConfig(), tokenizer, "train", heldout=False)
     assert prompt.text == "user: What is 1 + 1? Think.\nassistant: "
     assert (prompt.prompt_id, prompt.answer, prompt.source) == ("deepmath/0", "2", "deepmath")
     tokenizer.chat_template = None
-    (prompt,) = load_prompts(str(output), Data(prompt_key="problem"), tokenizer, "train", heldout=False)
+    (prompt,) = load_prompts(str(output), DataConfig(prompt_key="problem"), tokenizer, "train", heldout=False)
     assert prompt.text == "What is 1 + 1?"
 
 

@@ -6,11 +6,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import Arithmetic, Data
+from megatron_rl.config.sections import ArithmeticConfig, DataConfig
 from megatron_rl.data import load_prompts
 from megatron_rl.models.scratch import character_tokenizer
 
-DATA = Data(max_prompt_tokens=40, arithmetic=Arithmetic(train_size=50, eval_size=20))
+DATA = DataConfig(max_prompt_tokens=40, arithmetic=ArithmeticConfig(train_size=50, eval_size=20))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_plain_columns_in_jsonl_and_parquet_give_the_same_prompts(tmp_path, toke
 
 
 def test_column_names_are_configurable(tmp_path, tokenizer):
-    data = Data(prompt_key="question", answer_key="gold", response_key="worked")
+    data = DataConfig(prompt_key="question", answer_key="gold", response_key="worked")
     (prompt,) = _load(_jsonl(tmp_path, [{"question": "q", "gold": "a", "worked": "w"}]), tokenizer, data)
     assert (prompt.text, prompt.answer, prompt.response_text) == ("q", "a", "w")
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.heldout_sets import PUBLIC_SETS
-from megatron_rl.config.sections import Data
+from megatron_rl.config.sections import DataConfig
 from megatron_rl.data import load_prompts
 from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, read_problems
 from megatron_rl.data.rows import read_rows
@@ -115,12 +115,12 @@ def test_a_file_of_another_shape_is_one_sentence(tmp_path: Path) -> None:
 def test_a_public_set_is_put_to_the_model_by_its_template(tmp_path: Path) -> None:
     tokenizer = character_tokenizer(1024)
     spec = f"gsm8k={jsonl(tmp_path, EVALUATION_ROWS['gsm8k'][0])}"
-    (prompt,) = load_prompts(spec, Data(), tokenizer, "test", heldout=True)
+    (prompt,) = load_prompts(spec, DataConfig(), tokenizer, "test", heldout=True)
     assert prompt.text.startswith("user: How many?\n\nPlease reason step by step")
     assert prompt.text.endswith("\\boxed{}.\nassistant: ")
     assert (prompt.prompt_id, prompt.answer, prompt.source) == ("gsm8k/0", "72", "gsm8k")
     tokenizer.chat_template = None
-    data = Data(templates={"gsm8k": "Q: {problem}\nA:"})
+    data = DataConfig(templates={"gsm8k": "Q: {problem}\nA:"})
     (prompt,) = load_prompts(spec, data, tokenizer, "test", heldout=True)
     assert prompt.text == "Q: How many?\nA:"
 

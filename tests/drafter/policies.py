@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from drafter.eagle.draft_loss import LossOptions, draft_loss
 from drafter.eagle.head import EagleHead, HeadConfig
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 
 
 def small_config(kind: str = "eagle3", **overrides: Any) -> HeadConfig:
@@ -53,10 +53,10 @@ def random_row(
     )
 
 
-def random_policy(config: HeadConfig, seed: int = 1) -> PolicyWeights:
+def random_policy(config: HeadConfig, seed: int = 1) -> FrozenPolicy:
     generator = torch.Generator().manual_seed(seed)
     shape = config.vocab_size, config.hidden_size
-    return PolicyWeights(torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator))
+    return FrozenPolicy(torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator))
 
 
 def pack(rows: list[PackedFeatures], padding: int = 0) -> PackedFeatures:
@@ -73,8 +73,8 @@ def pack(rows: list[PackedFeatures], padding: int = 0) -> PackedFeatures:
     return PackedFeatures(**{name: joined(name) for name in names}, cu_seqlens=cumulative(lengths))
 
 
-def model_weights(model: Any) -> PolicyWeights:
-    return PolicyWeights(model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach())
+def model_weights(model: Any) -> FrozenPolicy:
+    return FrozenPolicy(model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach())
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def model_features(model: Any, token_ids: list[int], prompt: int, config: HeadCo
 
 
 @torch.no_grad()
-def greedy_drafts(head: EagleHead, features: PackedFeatures, policy: PolicyWeights, k: int) -> Tensor:
+def greedy_drafts(head: EagleHead, features: PackedFeatures, policy: FrozenPolicy, k: int) -> Tensor:
     """[seq, k]: what the head proposes from every anchor, fed with its own most likely tokens."""
     drafts = head.start(features.hidden_states, features.cu_seqlens)
     tokens, proposed = features.token_ids.roll(-1), []
@@ -107,7 +107,7 @@ def greedy_drafts(head: EagleHead, features: PackedFeatures, policy: PolicyWeigh
 def train(
     head: EagleHead,
     row_of_step: Callable[[int], PackedFeatures],
-    policy: PolicyWeights,
+    policy: FrozenPolicy,
     optimizer_steps: int,
     options: LossOptions | None = None,
     lr: float = 3e-3,

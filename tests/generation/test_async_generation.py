@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.generation.async_generation import Overlap
+from megatron_rl.generation.async_generation import AsyncGeneration
 from megatron_rl.generation.prompt_pool import Pool
 from megatron_rl.observability.console import Console
 from megatron_rl.trainer.weight_sync import WeightSync
@@ -59,12 +59,12 @@ class _Hashed:
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., tuple[Overlap, SlowFleet]]]:
-    made: list[Overlap] = []
+def make() -> Iterator[Callable[..., tuple[AsyncGeneration, SlowFleet]]]:
+    made: list[AsyncGeneration] = []
 
-    def build(**rollout: object) -> tuple[Overlap, SlowFleet]:
+    def build(**rollout: object) -> tuple[AsyncGeneration, SlowFleet]:
         config, fleet = make_config(**rollout), SlowFleet()
-        made.append(Overlap(config, Pool(config, ask), fleet, Console(False)))  # type: ignore[arg-type]
+        made.append(AsyncGeneration(config, Pool(config, ask), fleet, Console(False)))  # type: ignore[arg-type]
         return made[-1], fleet
 
     yield build

@@ -14,7 +14,7 @@ from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import load_tokenizer
 from rollout.fleet.mixed_precision import PrecisionCounts
-from rollout.types import Rollout, RolloutRequest, Source, SpeculationCounts
+from rollout.types import Rollout, RolloutRequest, SpeculationCounts, TokenSource
 
 
 class EchoFleet:
@@ -49,7 +49,7 @@ class EchoFleet:
             logprobs=[-1.0] * len(self.answer),
             finish_reason="stop",
             policy_version=0,
-            sources=[Source.FRESH, *[Source.DRAFT] * (len(self.answer) - 1)],
+            sources=[TokenSource.FRESH, *[TokenSource.DRAFT] * (len(self.answer) - 1)],
         )
 
     def take_speculation_counts(self) -> list[SpeculationCounts]:
@@ -202,7 +202,7 @@ class KnowingFleet(EchoFleet):
         if request.sample_index or request.prompt_id not in self.right:
             return rollout
         tokens = self.right[request.prompt_id]
-        fresh = [Source.FRESH] * len(tokens)
+        fresh = [TokenSource.FRESH] * len(tokens)
         return replace(rollout, token_ids=tokens, logprobs=[-1.0] * len(tokens), sources=fresh)
 
 

@@ -7,8 +7,8 @@ import torch
 
 from megatron_rl.algorithms import correct_mismatch
 from megatron_rl.config import Config
-from megatron_rl.config.algorithm import Correction
-from megatron_rl.config.rollout import Rollout as RolloutOptions
+from megatron_rl.config.algorithm import CorrectionConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.generation.precision_metrics import gap_metrics, generation_metrics, warn_of_bias
 from rollout.fleet.mixed_precision import PrecisionCounts
 from rollout.types import Rollout
@@ -24,7 +24,7 @@ ROLLOUTS = [rollout(("int8", 3)), rollout(("none", 2)), rollout(("int8", 2), ("n
 
 def test_tokens_seconds_and_speed_are_counted_per_precision() -> None:
     counts = PrecisionCounts({"int8": 2.0}, discarded=4)
-    options = RolloutOptions(engines=3, quantization=["int8", "none", "fp8"])
+    options = RolloutConfig(engines=3, quantization=["int8", "none", "fp8"])
     assert generation_metrics(ROLLOUTS, counts, options) == {
         "precision/discarded_tokens": 4,
         "precision/int8/tokens": 5,
@@ -39,7 +39,7 @@ def test_tokens_seconds_and_speed_are_counted_per_precision() -> None:
 
 def test_what_quantization_saved_is_judged_by_the_unquantized_engines() -> None:
     counts = PrecisionCounts({"int8": 2.0, "none": 6.0})
-    options = RolloutOptions(engines=2, quantization=["int8", "none"])
+    options = RolloutConfig(engines=2, quantization=["int8", "none"])
     metrics = generation_metrics(ROLLOUTS, counts, options)
     assert metrics["saved/quantization_s"] == (5 * 2.0 - 2.0) / 2, "5 tokens at 2 s each, in 2 s; 2 engines"
     tail = options.model_copy(update={"precision_tail": 0.1})
@@ -50,7 +50,7 @@ def test_the_gap_is_that_of_the_engine_that_sampled_the_token() -> None:
     engines = torch.tensor([-1.0] * 8)
     gap = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 1.0, 0.4, 0.0])  # tokens 3, 4 and 7 are unquantized
     trainer = engines + gap
-    correction = correct_mismatch(trainer, engines, torch.tensor([3, 2, 3]), Correction(cap=2.0))
+    correction = correct_mismatch(trainer, engines, torch.tensor([3, 2, 3]), CorrectionConfig(cap=2.0))
     metrics = gap_metrics(ROLLOUTS, trainer, engines, correction)
     assert metrics == pytest.approx(
         {
@@ -69,7 +69,7 @@ def test_the_gap_is_that_of_the_engine_that_sampled_the_token() -> None:
 
 def test_one_precision_is_not_split() -> None:
     values = torch.zeros(3)
-    correction = correct_mismatch(values, values, torch.tensor([3]), Correction())
+    correction = correct_mismatch(values, values, torch.tensor([3]), CorrectionConfig())
     assert gap_metrics(ROLLOUTS[:1], values, values, correction) == {}
 
 

@@ -12,7 +12,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.generation.groups import Group
 from megatron_rl.generation.prompt_pool import Pool, staleness_metrics
 from rollout.fleet.requests import key_of
-from rollout.types import Rollout, RolloutRequest, Source
+from rollout.types import Rollout, RolloutRequest, TokenSource
 
 PROMPTS, SAMPLES, LIMIT = 4, 2, 10
 
@@ -54,7 +54,7 @@ def respond(request: RolloutRequest, tokens: int, version: int) -> Rollout:
         logprobs=[-0.1 * place for place in range(begin, end)],
         finish_reason="stop" if end == wanted_length(request) else "unfinished",
         policy_version=version,
-        sources=[Source.FRESH] * (end - begin),
+        sources=[TokenSource.FRESH] * (end - begin),
         precisions=[("none", end - begin)],
         versions=[(version, end - begin)],
     )

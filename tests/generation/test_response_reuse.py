@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.history import LenienceBudget
+from megatron_rl.config.history import LenienceBudgetConfig
 from megatron_rl.generation.diversity import final_answer, group_diversity
 from megatron_rl.generation.response_reuse import Drift, Lenience, Reuse
-from rollout.types import Rollout, RolloutRequest, Source
+from rollout.types import Rollout, RolloutRequest, TokenSource
 
 PROMPTS, SAMPLES, TOKENS = 6, 4, 10
 
@@ -42,7 +42,7 @@ def make_requests(epoch: int, samples: int = SAMPLES, prompts: int = PROMPTS) ->
     ]
 
 
-def answer(request: RolloutRequest, sources: list[Source] | None = None, logprob: float = -1.0) -> Rollout:
+def answer(request: RolloutRequest, sources: list[TokenSource] | None = None, logprob: float = -1.0) -> Rollout:
     return Rollout(
         prompt_id=request.prompt_id,
         sample_index=request.sample_index,
@@ -53,7 +53,7 @@ def answer(request: RolloutRequest, sources: list[Source] | None = None, logprob
         logprobs=[logprob] * TOKENS,
         finish_reason="stop",
         policy_version=request.epoch,
-        sources=sources or [Source.FRESH] * TOKENS,
+        sources=sources or [TokenSource.FRESH] * TOKENS,
     )
 
 
@@ -131,8 +131,8 @@ def test_tokens_by_their_source_add_up(tmp_path: Path) -> None:
     reuse = Reuse(make_config(tmp_path, mode="lenient"))
     first_epoch(reuse)
     asked = reuse.attach(make_requests(1))
-    mixed = [Source.KEPT] * 5 + [Source.FRESH] + [Source.DRAFT] * 2 + [Source.FRESH] * 2
-    sources = [[Source.KEPT] * TOKENS if i % 4 == 0 else mixed for i in range(len(asked))]
+    mixed = [TokenSource.KEPT] * 5 + [TokenSource.FRESH] + [TokenSource.DRAFT] * 2 + [TokenSource.FRESH] * 2
+    sources = [[TokenSource.KEPT] * TOKENS if i % 4 == 0 else mixed for i in range(len(asked))]
     metrics = reuse.finish_step(
         [answer(r, s, logprob=-0.9) for r, s in zip(asked, sources, strict=True)], [1.0] * len(asked)
     )
@@ -151,7 +151,7 @@ def test_a_restored_reuse_goes_on_exactly(tmp_path: Path) -> None:
     reuse = Reuse(config)
     first_epoch(reuse)
     asked = reuse.attach(make_requests(1))
-    reuse.finish_step([answer(r, [Source.KEPT] * TOKENS, -0.9) for r in asked], [0.0] * len(asked))
+    reuse.finish_step([answer(r, [TokenSource.KEPT] * TOKENS, -0.9) for r in asked], [0.0] * len(asked))
     torch.save(reuse.state(), tmp_path / "state.pt")
     restored = Reuse(config)
     assert restored.restore(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -168,7 +168,7 @@ def test_a_restored_reuse_goes_on_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("measure", "target"), [("kl", 0.02), ("ess", 0.9)])
 def test_the_budget_finds_the_lenience_that_holds_its_target(measure: str, target: float) -> None:
     """A world in which drift grows with lenience, as it does where more is kept."""
-    lenience = Lenience(0.5, LenienceBudget(measure=measure, target=target))
+    lenience = Lenience(0.5, LenienceBudgetConfig(measure=measure, target=target))
     drift = Drift([])
     for _ in range(60):
         drift.kl, drift.ess = 0.01 * math.exp(lenience.value), 1 - 0.04 * math.exp(2 * lenience.value)
@@ -177,7 +177,7 @@ def test_the_budget_finds_the_lenience_that_holds_its_target(measure: str, targe
 
 
 def test_the_budget_rises_while_nothing_is_kept_and_stays_within_bounds() -> None:
-    lenience = Lenience(-1.0, LenienceBudget(target=0.1))
+    lenience = Lenience(-1.0, LenienceBudgetConfig(target=0.1))
     lenience.observe(0, Drift([]))
     assert lenience.value == -1.0 + Lenience.LARGEST_MOVE
     for _ in range(100):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rl.generation.response_store import History, Record
-from rollout.types import Rollout, Source
+from megatron_rl.generation.response_store import Record, ResponseStore
+from rollout.types import Rollout, TokenSource
 
 PROMPT = [5, 6, 7]
 
@@ -24,7 +24,7 @@ def rollout(prompt: str = "p", sample: int = 0, length: int = 10, seed: int = 2*
         logprobs=[-0.25 * i for i in range(length)],
         finish_reason="length" if length % 2 else "stop",
         policy_version=3,
-        sources=[Source.FRESH] * length,
+        sources=[TokenSource.FRESH] * length,
     )
 
 
@@ -45,7 +45,7 @@ def same(first: Record | None, second: Record | None) -> bool:
 
 
 def test_the_newest_response_of_a_sample_is_found_by_its_key_and_prompt() -> None:
-    history = History(2**20)
+    history = ResponseStore(2**20)
     history.put(rollout(seed=1), 0.0)
     history.put(rollout(seed=2), 1.0)
     history.put(rollout(sample=1), 0.5)
@@ -61,7 +61,7 @@ def test_the_newest_response_of_a_sample_is_found_by_its_key_and_prompt() -> Non
 
 def test_what_was_stored_longest_ago_is_forgotten_when_memory_is_short() -> None:
     one = rollout(length=1000)
-    history = History(20_000)
+    history = ResponseStore(20_000)
     for sample in range(4):
         history.put(replace(one, sample_index=sample), 0.0)
         history.put(replace(one, sample_index=0), 0.0)  # stored again, so never the oldest
@@ -74,12 +74,12 @@ def test_what_was_stored_longest_ago_is_forgotten_when_memory_is_short() -> None
 
 
 def test_a_restored_history_is_the_same_and_forgets_in_the_same_order(tmp_path: Path) -> None:
-    history = History(30_000)
+    history = ResponseStore(30_000)
     for sample, length in enumerate((1000, 0, 7, 1500, 3)):
         history.put(rollout(sample=sample, length=length, seed=2**63 - 1 - sample), sample / 3)
     history.put(rollout(sample=0, length=5), 0.1)
     torch.save(history.state(), tmp_path / "history.pt")
-    restored = History(30_000)
+    restored = ResponseStore(30_000)
     restored.put(rollout("other"), 0.0)
     restored.restore(torch.load(tmp_path / "history.pt", weights_only=True))
     assert len(restored) == len(history) == 5 and restored.bytes == history.bytes
@@ -89,6 +89,6 @@ def test_a_restored_history_is_the_same_and_forgets_in_the_same_order(tmp_path: 
         each.put(rollout("large", length=3000), 0.0)
     assert [restored.get("p", i, PROMPT) is None for i in range(5)] == [False, True, True, True, False]
     assert [history.get("p", i, PROMPT) is None for i in range(5)] == [False, True, True, True, False]
-    empty = History(30_000)
-    empty.restore(History(1).state())
+    empty = ResponseStore(30_000)
+    empty.restore(ResponseStore(1).state())
     assert len(empty) == 0

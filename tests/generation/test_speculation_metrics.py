@@ -6,9 +6,9 @@ import pytest
 
 from megatron_rl.drafting.alarm import LiveAlarm
 from megatron_rl.generation.speculation_metrics import speculation_metrics
-from rollout.types import Rollout, Source, SpeculationCounts
+from rollout.types import Rollout, SpeculationCounts, TokenSource
 
-ROLLOUT = Rollout("p", 0, 0, 1, [5], [6, 7], [-1.0, -1.0], "stop", 0, [Source.FRESH, Source.DRAFT])
+ROLLOUT = Rollout("p", 0, 0, 1, [5], [6, 7], [-1.0, -1.0], "stop", 0, [TokenSource.FRESH, TokenSource.DRAFT])
 SMALL = SpeculationCounts(
     steps=4,
     verifications=10,

@@ -4,14 +4,14 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import ScratchModel
+from megatron_rl.config.sections import ScratchModelConfig
 from megatron_rl.models.scratch import PRINTABLE, make_scratch_model
 
 
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "base"
-    make_scratch_model(path, ScratchModel())
+    make_scratch_model(path, ScratchModelConfig())
     return path
 
 
@@ -54,10 +54,10 @@ def test_transformers_builds_the_model(model):
 def test_existing_weights_are_not_overwritten(model):
     (model / "model.safetensors").touch()
     with pytest.raises(ConfigError, match="already holds weights"):
-        make_scratch_model(model, ScratchModel())
+        make_scratch_model(model, ScratchModelConfig())
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="kv_heads"):
-        make_scratch_model(tmp_path / "m", ScratchModel(heads=6, kv_heads=4))
+        make_scratch_model(tmp_path / "m", ScratchModelConfig(heads=6, kv_heads=4))
     assert not (tmp_path / "m").exists()

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.sections import LengthPenalty, Reward
+from megatron_rl.config.sections import LengthPenaltyConfig, RewardConfig
 from megatron_rl.rewards import ScoreItem, Scorer
 
 USER_MODULE = """
@@ -57,13 +57,13 @@ def _item(response, record_id="r0", length=10, answer="4"):
 
 
 def test_builtin_rewards_score_in_order():
-    with Scorer(Reward(name="numeric"), max_tokens=64) as scorer:
+    with Scorer(RewardConfig(name="numeric"), max_tokens=64) as scorer:
         scores = scorer.score([_item("=4"), _item("=5"), _item("4,0=4")])
     assert [score.value for score in scores] == [1.0, 0.0, 1.0]
 
 
 def test_inline_reward_that_raises_counts_zero_and_names_the_record(caplog):
-    with Scorer(Reward(name="numeric"), max_tokens=64) as scorer:
+    with Scorer(RewardConfig(name="numeric"), max_tokens=64) as scorer:
         scores = scorer.score([_item("=4", answer="none", record_id="train/17"), _item("=4")])
         assert [score.value for score in scores] == [0.0, 1.0]
         assert "has no number" in scores[0].error
@@ -73,7 +73,7 @@ def test_inline_reward_that_raises_counts_zero_and_names_the_record(caplog):
 
 
 def test_the_length_penalty_is_added():
-    reward = Reward(name="numeric", length_penalty=LengthPenalty(start=32, coef=0.5))
+    reward = RewardConfig(name="numeric", length_penalty=LengthPenaltyConfig(start=32, coef=0.5))
     with Scorer(reward, max_tokens=64) as scorer:
         scores = scorer.score([_item("=4", length=32), _item("=4", length=48), _item("=5", length=64)])
     assert [score.total for score in scores] == [1.0, 0.75, -0.5]
@@ -92,7 +92,7 @@ def test_failing_rewards_count_zero_and_the_others_are_unharmed(user_module, cap
     }
     items = [item for name in bad for item in (_item(name, record_id=f"record-{name}"), _item("fine"))]
     with (
-        Scorer(Reward(function=f"{user_module}:score"), max_tokens=64, workers=2) as scorer,
+        Scorer(RewardConfig(function=f"{user_module}:score"), max_tokens=64, workers=2) as scorer,
         caplog.at_level(logging.WARNING),
     ):
         scores = scorer.score([*items, _item("true")])
@@ -105,7 +105,7 @@ def test_failing_rewards_count_zero_and_the_others_are_unharmed(user_module, cap
 
 @pytest.mark.parametrize("hang", ["loop", "hold the GIL"])
 def test_a_hanging_reward_is_stopped_and_its_worker_replaced(user_module, hang):
-    with Scorer(Reward(function=f"{user_module}:score", timeout_s=0.5), max_tokens=64, workers=1) as scorer:
+    with Scorer(RewardConfig(function=f"{user_module}:score", timeout_s=0.5), max_tokens=64, workers=1) as scorer:
         (before,) = scorer.score([_item("pid")])
         start = time.monotonic()
         hung, after = scorer.score([_item(hang, record_id="hung"), _item("pid")])
@@ -119,14 +119,14 @@ def test_a_hanging_reward_is_stopped_and_its_worker_replaced(user_module, hang):
 
 
 def test_an_endless_power_in_a_math_response_is_stopped():
-    with Scorer(Reward(name="math", timeout_s=2.0), max_tokens=64, workers=1) as scorer:
+    with Scorer(RewardConfig(name="math", timeout_s=2.0), max_tokens=64, workers=1) as scorer:
         hung, right = scorer.score([_item(r"\boxed{2^{100000000000}}", answer="3"), _item(r"\boxed{2+2}")])
     assert hung.timed_out
     assert right.value == 1.0
 
 
 def test_workers_do_not_import_torch_and_use_several_processes(user_module):
-    with Scorer(Reward(function=f"{user_module}:score"), max_tokens=64, workers=2) as scorer:
+    with Scorer(RewardConfig(function=f"{user_module}:score"), max_tokens=64, workers=2) as scorer:
         assert [score.value for score in scorer.score([_item("modules")])] == [0.0]
         pids = {score.value for score in scorer.score([_item("pid")] * 50)}
     assert 1 <= len(pids) <= 2
@@ -134,12 +134,12 @@ def test_workers_do_not_import_torch_and_use_several_processes(user_module):
 
 
 def test_a_long_response_fits_through_the_pipe(user_module):
-    with Scorer(Reward(function=f"{user_module}:score"), max_tokens=64, workers=1) as scorer:
+    with Scorer(RewardConfig(function=f"{user_module}:score"), max_tokens=64, workers=1) as scorer:
         assert scorer.score([_item("x" * 1_000_000)])[0].value == 0.25
 
 
 def test_workers_end_with_the_scorer(user_module):
-    with Scorer(Reward(function=f"{user_module}:score"), max_tokens=64, workers=1) as scorer:
+    with Scorer(RewardConfig(function=f"{user_module}:score"), max_tokens=64, workers=1) as scorer:
         pid = int(scorer.score([_item("pid")])[0].value)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -156,7 +156,7 @@ def test_workers_end_with_the_scorer(user_module):
 )
 def test_a_function_that_cannot_be_used_is_a_config_error(user_module, function, reason):
     with pytest.raises(ConfigError, match="reward.function") as caught:
-        Scorer(Reward(function=function.format(module=user_module)), max_tokens=64)
+        Scorer(RewardConfig(function=function.format(module=user_module)), max_tokens=64)
     assert reason in str(caught.value)
 
 

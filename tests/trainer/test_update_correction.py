@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.algorithms import correct_mismatch
-from megatron_rl.config.algorithm import Correction
+from megatron_rl.config.algorithm import CorrectionConfig
 from tests.hf_models import make_models, random_sequences
 from tests.launching import run_workers
 from tests.trainer.correction_worker import AGGREGATIONS, ALGORITHMS, FORMS, SCORED_IN_UPDATE
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     rollout = old + scale * torch.randn(len(old), generator=generator)
     advantages = torch.randn(len(old), generator=generator)
     for form, options in FORMS.items():
-        rejected = ~correct_mismatch(old, rollout, lengths, Correction(**options)).kept
+        rejected = ~correct_mismatch(old, rollout, lengths, CorrectionConfig(**options)).kept
         assert (0 < rejected.sum() < len(old)) == ("mask" in form), form
     values = {"old_logprobs": old, "rollout_logprobs": rollout, "advantages": advantages}
     torch.save((prompts, responses, values), root / "values.pt")

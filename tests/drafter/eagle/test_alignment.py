@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from drafter.eagle.draft_loss import LossOptions, unroll
 from drafter.eagle.expected_acceptance import expected_acceptance
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights, counted_drafts, to_anchors, to_target_positions
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures, counted_drafts, to_anchors, to_target_positions
 from tests.drafter.policies import cumulative, greedy_drafts, small_config, train
 
 VOCAB = 24
@@ -25,7 +25,7 @@ CODES = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(5))
 STEPS = 4
 
 
-def synthetic(kind: str, lengths: list[int], padding: int = 0, seed: int = 0) -> tuple[PackedFeatures, PolicyWeights]:
+def synthetic(kind: str, lengths: list[int], padding: int = 0, seed: int = 0) -> tuple[PackedFeatures, FrozenPolicy]:
     """Sequences that follow the rule from random first tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = []
@@ -47,7 +47,7 @@ def synthetic(kind: str, lengths: list[int], padding: int = 0, seed: int = 0) ->
         cu_seqlens=cumulative(lengths),
     )
     embedding = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(6))
-    return features, PolicyWeights(embedding, lm_head)
+    return features, FrozenPolicy(embedding, lm_head)
 
 
 def shifted(features: PackedFeatures, what: str) -> PackedFeatures:
@@ -55,7 +55,7 @@ def shifted(features: PackedFeatures, what: str) -> PackedFeatures:
     return features if what == "none" else replace(features, **{what: getattr(features, what).roll(1, dims=0)})
 
 
-def right_proposals(head: EagleHead, features: PackedFeatures, policy: PolicyWeights) -> Tensor:
+def right_proposals(head: EagleHead, features: PackedFeatures, policy: FrozenPolicy) -> Tensor:
     """[steps, seq]: whether the proposal of each step is what the rule says, given the head's own proposals before."""
     drafts = greedy_drafts(head, features, policy, STEPS)
     expected, right = features.token_ids.roll(-1), []

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from drafter.eagle.draft_loss import DraftLoss, LossOptions, draft_loss
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 from drafter.eagle.vocabulary import DraftVocabulary
 from tests.drafter.policies import pack, random_policy, random_row, small_config
 
@@ -48,7 +48,7 @@ def test_a_packed_row_gives_the_sum_of_its_sequences_and_the_same_gradients(kind
         assert gradient.abs().max() > 0, name
 
 
-def naive_loss(head: EagleHead, row: PackedFeatures, policy: PolicyWeights, options: LossOptions) -> Tensor:
+def naive_loss(head: EagleHead, row: PackedFeatures, policy: FrozenPolicy, options: LossOptions) -> Tensor:
     """One sequence: every draft run alone, token by token, through a mask over everything fed so far."""
     length, total = len(row.token_ids), torch.zeros(())
     for anchor in range(length):
@@ -165,7 +165,7 @@ def test_a_row_without_responses_weighs_nothing_and_has_finite_gradients() -> No
 def test_a_float32_head_learns_from_a_bfloat16_policy(kind: str) -> None:
     head = make_head(kind)
     policy, row = random_policy(head.config), random_row(head.config, [9])
-    half = PolicyWeights(policy.embedding.bfloat16(), policy.lm_head.bfloat16())
+    half = FrozenPolicy(policy.embedding.bfloat16(), policy.lm_head.bfloat16())
     rounded = replace(row, hidden_states=row.hidden_states.bfloat16(), final_hidden=row.final_hidden.bfloat16())
     loss = draft_loss(head, rounded, half)
     assert loss.total.dtype == torch.float32

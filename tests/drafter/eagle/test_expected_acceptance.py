@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafter.eagle.draft_loss import LossOptions
-from drafter.eagle.expected_acceptance import Acceptance, agreement, expected_acceptance
+from drafter.eagle.expected_acceptance import ExpectedAcceptance, agreement, expected_acceptance
 from drafter.eagle.head import EagleHead, HeadConfig
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 from drafter.eagle.vocabulary import DraftVocabulary
 from tests.drafter.policies import model_features, model_weights, pack, random_policy, random_row, sample, small_config
 from tests.drafter.policies import train as train_head
@@ -53,7 +53,9 @@ def test_a_drafter_equal_to_the_policy_is_always_accepted() -> None:
     torch.testing.assert_close(chances, torch.ones(1, 50))
 
 
-def simulate(head: EagleHead, row: PackedFeatures, policy: PolicyWeights, steps: int, temperature: float) -> Acceptance:
+def simulate(
+    head: EagleHead, row: PackedFeatures, policy: FrozenPolicy, steps: int, temperature: float
+) -> ExpectedAcceptance:
     """Drafts of one sequence under shared noise that is redrawn, given that the policy samples the row's tokens."""
     generator = torch.Generator().manual_seed(0)
     trials, length = 2000, len(row.token_ids)
@@ -75,7 +77,7 @@ def simulate(head: EagleHead, row: PackedFeatures, policy: PolicyWeights, steps:
             reached[step] += alive.double().mean()
             alive &= head.token_ids[(draft + noise[:, head.token_ids]).argmax(dim=-1)] == token
             accepted[step] += alive.double().mean()
-    return Acceptance(reached, accepted)
+    return ExpectedAcceptance(reached, accepted)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

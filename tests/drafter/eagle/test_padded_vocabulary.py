@@ -8,7 +8,7 @@ import torch
 from drafter.eagle.draft_loss import LossOptions, draft_loss
 from drafter.eagle.expected_acceptance import expected_acceptance
 from drafter.eagle.head import EagleHead
-from drafter.eagle.packed_rows import PackedFeatures, PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 from drafter.eagle.vocabulary import DraftVocabulary
 from tests.drafter.policies import random_policy, random_row, small_config
 
@@ -31,10 +31,10 @@ def pair_of_heads(kind: str, reduced: bool) -> tuple[EagleHead, EagleHead]:
     return padded, cut
 
 
-def pair_of_policies(padded: EagleHead) -> tuple[PolicyWeights, PolicyWeights]:
+def pair_of_policies(padded: EagleHead) -> tuple[FrozenPolicy, FrozenPolicy]:
     whole = random_policy(padded.config)
     lm_head = 0.3 * whole.lm_head[:LIMIT]
-    return PolicyWeights(whole.embedding, lm_head), PolicyWeights(whole.embedding[:LIMIT], lm_head)
+    return FrozenPolicy(whole.embedding, lm_head), FrozenPolicy(whole.embedding[:LIMIT], lm_head)
 
 
 def row_for(head: EagleHead) -> PackedFeatures:

@@ -17,7 +17,7 @@ from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.mixed_precision import Tail
 from rollout.fleet.requests import deal, go_on
 from rollout.fleet.weight_client import FleetClient
-from rollout.types import Past, Rollout, RolloutRequest, Source
+from rollout.types import Past, Rollout, RolloutRequest, TokenSource
 from rollout.weight_transfer.connection import segment_name
 from tests.rollout.helpers import make_config, make_environment, make_requests
 from tests.rollout.weight_transfer.test_weight_transfer import StateDictSource, _load, connected
@@ -29,7 +29,17 @@ TAIL_SHARE = 0.75  # of responses that are mostly as long as they may be
 def rollout_of(number: int, length: int) -> Rollout:
     tokens = list(range(length))
     return Rollout(
-        "p", number, 0, number, [1], tokens, [-1.0] * length, "stop", 0, [Source.FRESH] * length, [("int8", length)]
+        "p",
+        number,
+        0,
+        number,
+        [1],
+        tokens,
+        [-1.0] * length,
+        "stop",
+        0,
+        [TokenSource.FRESH] * length,
+        [("int8", length)],
     )
 
 
@@ -74,14 +84,14 @@ def test_a_response_that_is_surely_no_tail_is_released_at_once() -> None:
     assert tail.limit is None
 
 
-@pytest.mark.parametrize("source", [Source.HISTORY, Source.KEPT, Source.FRESH])
-def test_what_is_left_of_an_earlier_response_goes_along(source: Source) -> None:
+@pytest.mark.parametrize("source", [TokenSource.HISTORY, TokenSource.KEPT, TokenSource.FRESH])
+def test_what_is_left_of_an_earlier_response_goes_along(source: TokenSource) -> None:
     past = Past(np.arange(9, dtype=np.int32), -np.arange(9, dtype=np.float32), seed=7)
     request = replace(make_requests(1, samples=1, max_tokens=60)[0], past=past)
-    begun = replace(rollout_of(0, 4), sources=[Source.HISTORY] * 3 + [source])
+    begun = replace(rollout_of(0, 4), sources=[TokenSource.HISTORY] * 3 + [source])
     rest = go_on(request, begun)
     assert rest.begun == begun.token_ids
-    if source is Source.FRESH:
+    if source is TokenSource.FRESH:
         assert rest.past is None
     else:
         assert rest.past is not None and rest.past.seed == 7

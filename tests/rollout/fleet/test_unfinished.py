@@ -7,7 +7,7 @@ import pytest
 
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.requests import RequestKey, go_on, join, key_of
-from rollout.types import Rollout, RolloutRequest, Source
+from rollout.types import Rollout, RolloutRequest, TokenSource
 from tests.rollout.helpers import make_config, make_environment, make_requests
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,7 @@ def test_stopping_changes_no_token(fleet: RolloutFleet, stopped: RolloutFleet) -
         several += len(rollout.versions) > 1
     assert several > 0, "some response was stopped in the middle"
     if len(stopped.pids()) == 2:
-        assert any(Source.DRAFT in rollout.sources for rollout in pieces.values())
+        assert any(TokenSource.DRAFT in rollout.sources for rollout in pieces.values())
 
 
 def test_a_stopped_fleet_is_idle(stopped: RolloutFleet) -> None:

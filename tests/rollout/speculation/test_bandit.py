@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_rl.config import ConfigError
-from rollout.speculation.acceptance_model import Acceptance
+from rollout.speculation.acceptance_model import AcceptanceModel
 from rollout.speculation.bandit import (
     PLAIN,
     TRIALS,
@@ -199,7 +199,7 @@ def test_bad_configurations_are_named(make: Callable[[], object], message: str) 
 
 
 def test_acceptance_is_per_position_and_fades() -> None:
-    acceptance, draw = Acceptance(), random.Random(0)
+    acceptance, draw = AcceptanceModel(), random.Random(0)
     for _ in range(2000):
         acceptance.observe([10, 8], [8, 2])
     mean = sum(acceptance.expected(2, draw) for _ in range(500)) / 500

@@ -24,7 +24,7 @@ from rollout.speculation.eagle import LINGER
 from rollout.speculation.head_weights import pack_head
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts
 from rollout.weight_transfer.checksum import differing
-from rollout.weight_transfer.connection import WeightSync, segment_name
+from rollout.weight_transfer.connection import WeightConnection, segment_name
 from tests.drafter.policies import model_features, model_weights, pack, train
 from tests.rollout.helpers import generate, make_config, make_environment, open_arguments, open_engines
 from tests.rollout.speculation.test_speculation import assert_same, group_requests
@@ -198,7 +198,7 @@ def test_a_head_is_pushed_to_it_alone_and_to_restarted_engines(
         speculation={"adaptive": "static", **BOTH},
         vllm={"load_format": "dummy"},  # as in training: the policy's weights come from the trainer
     )
-    weights: list[WeightSync] = []
+    weights: list[WeightConnection] = []
     fleet = RolloutFleet(
         config,
         make_environment(),

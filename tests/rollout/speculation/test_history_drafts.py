@@ -5,7 +5,7 @@ from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from rollout.speculation.history_drafts import HistoryDrafts
-from rollout.types import GROUP_KEY, HISTORY, PAST_KEY, SEED_KEY, SUFFIX, Past, Source
+from rollout.types import GROUP_KEY, HISTORY, PAST_KEY, SEED_KEY, SUFFIX, Past, TokenSource
 
 PROMPT = [90, 91, 92, 93]
 THRESHOLD = 0.3
@@ -40,8 +40,8 @@ def test_a_draft_is_what_the_earlier_response_has_next_and_long_while_it_is_acce
         rounds += 1
     assert rounds <= 3, "tens of tokens at a time"
     drafts.finish(mine)
-    assert drafts.take_kept("a") == (len(text), Source.HISTORY)
-    assert drafts.take_kept("a") == (0, Source.HISTORY)
+    assert drafts.take_kept("a") == (len(text), TokenSource.HISTORY)
+    assert drafts.take_kept("a") == (0, TokenSource.HISTORY)
 
 
 def test_drafts_get_short_where_responses_differ_soon_and_where_rows_are_dear() -> None:
@@ -79,7 +79,7 @@ def test_after_a_difference_the_texts_of_the_group_go_on() -> None:
     step(drafts, mine, draft, [6, 12, 13])  # ... and now to its sibling's
     assert drafts.propose([mine], plenty, 0.05)["a"] == (SUFFIX, [14, 15, 16, 17, 18])
     drafts.finish(mine)
-    assert drafts.take_kept("a") == (2, Source.HISTORY)
+    assert drafts.take_kept("a") == (2, TokenSource.HISTORY)
 
 
 def test_another_seed_and_an_output_that_is_there_already_are_no_reason_to_expect_the_text() -> None:
@@ -92,7 +92,7 @@ def test_another_seed_and_an_output_that_is_there_already_are_no_reason_to_expec
     step(drafts, other, [], [1, 2, 3])
     assert drafts.propose([other], plenty, 0.05)["a"] == (SUFFIX, [4, 5])
     drafts.finish(other)
-    assert drafts.take_kept("a") == (0, Source.HISTORY)
+    assert drafts.take_kept("a") == (0, TokenSource.HISTORY)
 
 
 def test_requests_without_a_past_are_not_its_business() -> None:
@@ -101,4 +101,4 @@ def test_requests_without_a_past_are_not_its_business() -> None:
     drafts.start(plain)
     assert "a" not in drafts and drafts.propose([plain], plenty, 0.05) == {}
     drafts.finish(plain)
-    assert drafts.take_kept("a") == (0, Source.HISTORY)
+    assert drafts.take_kept("a") == (0, TokenSource.HISTORY)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from drafter.eagle.head_files import save_head
 from rollout.sampling.gumbel_noise import acceptance_uniforms
-from rollout.types import HISTORY, SUFFIX, Past, Rollout, RolloutRequest, Source
+from rollout.types import HISTORY, SUFFIX, Past, Rollout, RolloutRequest, TokenSource
 from tests.rollout.helpers import generate, make_requests, open_arguments, open_engines
 from tests.rollout.speculation.test_eagle import random_head
 
@@ -105,8 +105,8 @@ def test_coupled_reuse_emits_the_tokens_of_plain_decoding(
     for mine, other, old in zip(rollouts, expected, earlier, strict=True):
         torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)
         kept = common_prefix(mine.token_ids, old.token_ids)
-        assert mine.sources[:kept] == [Source.HISTORY] * kept
-        assert Source.HISTORY not in mine.sources[kept:]
+        assert mine.sources[:kept] == [TokenSource.HISTORY] * kept
+        assert TokenSource.HISTORY not in mine.sources[kept:]
     changed = sum(r.token_ids != old.token_ids for r, old in zip(rollouts, earlier, strict=True))
     assert 0 < changed < len(rollouts), "the update must change some responses"
     assert counts(engines[engine]).accepted_by[SUFFIX] > 0, "after a difference the old texts go on being of use"
@@ -116,7 +116,7 @@ def test_the_same_policy_draws_all_of_it_again_in_a_few_steps(engines: dict[str,
     counts(engines["history"])
     rollouts = generate(engines["history"], with_past(expected))
     assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
-    assert {source for r in rollouts for source in r.sources} == {Source.HISTORY}
+    assert {source for r in rollouts for source in r.sources} == {TokenSource.HISTORY}
     measured = counts(engines["history"])
     assert measured.drafted_by[HISTORY] >= measured.accepted_by[HISTORY] > 0
     assert measured.drafted_by[SUFFIX] == 0
@@ -130,7 +130,7 @@ def test_another_seed_only_looks_at_the_past(engines: dict[str, Any], earlier: l
     asked = [replace(request, past=past_of(old)) for request, old in zip(fresh, earlier, strict=True)]
     rollouts = generate(engines["history"], asked)
     assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
-    assert Source.HISTORY not in {source for r in rollouts for source in r.sources}
+    assert TokenSource.HISTORY not in {source for r in rollouts for source in r.sources}
 
 
 @pytest.mark.parametrize("engine", ["history", "eagle"])
@@ -141,13 +141,13 @@ def test_endless_lenience_keeps_all_and_continues_what_was_cut(
     rollouts = generate(engines[engine], with_past(cut, lenience=float("inf")))
     for rollout, old in zip(rollouts, cut, strict=True):
         assert rollout.token_ids[: len(old.token_ids)] == old.token_ids
-        assert rollout.sources[: len(old.token_ids)] == [Source.KEPT] * len(old.token_ids)
-        assert Source.KEPT not in rollout.sources[len(old.token_ids) :]
+        assert rollout.sources[: len(old.token_ids)] == [TokenSource.KEPT] * len(old.token_ids)
+        assert TokenSource.KEPT not in rollout.sources[len(old.token_ids) :]
         assert len(rollout.token_ids) == TOKENS or rollout.token_ids[-1] == EOS
     whole = generate(engines[engine], with_past(earlier, lenience=float("inf")))
     assert [r.token_ids for r in whole] == [r.token_ids for r in earlier]
     assert [r.finish_reason for r in whole] == [r.finish_reason for r in earlier]
-    assert {source for r in whole for source in r.sources} == {Source.KEPT}
+    assert {source for r in whole for source in r.sources} == {TokenSource.KEPT}
 
 
 def test_a_shorter_limit_cuts_what_is_reused(engines: dict[str, Any], earlier: list[Rollout]) -> None:
@@ -166,7 +166,7 @@ def test_lenience_of_minus_infinity_keeps_nothing(
 ) -> None:
     rollouts = generate(engines["history"], with_past(earlier, lenience=float("-inf")))
     assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
-    assert Source.KEPT not in {source for r in rollouts for source in r.sources}
+    assert TokenSource.KEPT not in {source for r in rollouts for source in r.sources}
 
 
 @pytest.mark.parametrize("lenience", [-0.5, 0.0, 0.5])
@@ -185,8 +185,8 @@ def test_lenient_reuse_ends_at_the_first_token_that_the_rule_rejects(
         gain = torch.tensor(now.logprobs).double() - torch.tensor(old.logprobs).double()
         accepted = log_u <= lenience + gain
         first = len(accepted) if bool(accepted.all()) else int((~accepted).int().argmax())
-        assert rollout.sources.count(Source.KEPT) == first
-        assert rollout.sources[:first] == [Source.KEPT] * first
+        assert rollout.sources.count(TokenSource.KEPT) == first
+        assert rollout.sources[:first] == [TokenSource.KEPT] * first
         assert rollout.token_ids[:first] == old.token_ids[:first]
         torch.testing.assert_close(
             torch.tensor(rollout.logprobs[:first]), torch.tensor(now.logprobs[:first]), atol=1e-4, rtol=0
@@ -208,4 +208,6 @@ def test_tensor_parallel_engines_reuse_as_one_gpu_does(
             lenient = generate(split, with_past(earlier, lenience=lenience))
             alone = generate(engines["history"], with_past(earlier, lenience=lenience))
             assert [r.token_ids for r in lenient] == [r.token_ids for r in alone]
-            assert [r.sources.count(Source.KEPT) for r in lenient] == [r.sources.count(Source.KEPT) for r in alone]
+            assert [r.sources.count(TokenSource.KEPT) for r in lenient] == [
+                r.sources.count(TokenSource.KEPT) for r in alone
+            ]

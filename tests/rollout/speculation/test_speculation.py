@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rollout.speculation.scheduler import LONGEST_REST, PATIENCE, Rest
-from rollout.types import Rollout, RolloutRequest, Source
+from rollout.types import Rollout, RolloutRequest, TokenSource
 from tests.rollout.helpers import VOCAB_LIMIT, generate, make_requests, open_arguments, open_engines
 
 REQUESTS = 200
@@ -63,7 +63,7 @@ def test_speculation_on_and_off_emit_the_same_tokens(
     ray.get(engines["drafting"].take_speculation_counts.remote())
     rollouts = generate(engines["drafting"], group_requests())
     assert_same(rollouts, expected)
-    drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
+    drafts = sum(source == TokenSource.DRAFT for rollout in rollouts for source in rollout.sources)
     assert adaptive != "static" or drafts > 100
     # How much the others draft depends on the machine, but all try.
     assert ray.get(engines["drafting"].take_speculation_counts.remote()).drafted > 0
@@ -109,7 +109,7 @@ def test_preemption_chunked_prompts_and_cached_prefixes_do_not_change_the_tokens
     rollouts = generate(engines["short"], group_requests())
     assert_same(rollouts, expected)
     assert ray.get(engines["short"].apply.remote(lambda engine: engine.preemptions)) > 0
-    assert sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources) > 100
+    assert sum(source == TokenSource.DRAFT for rollout in rollouts for source in rollout.sources) > 100
 
 
 def test_an_abort_in_the_middle_leaves_the_next_requests_alone(
@@ -161,7 +161,7 @@ def test_sources_tell_which_tokens_were_drafts(engines: dict[str, Any]) -> None:
     ray.get(engines["drafting"].take_speculation_counts.remote())
     rollouts = generate(engines["drafting"], group_requests(64, max_tokens=60))
     counts = ray.get(engines["drafting"].take_speculation_counts.remote())
-    drafts = sum(source == Source.DRAFT for rollout in rollouts for source in rollout.sources)
+    drafts = sum(source == TokenSource.DRAFT for rollout in rollouts for source in rollout.sources)
     assert all(len(rollout.sources) == len(rollout.token_ids) for rollout in rollouts)
     # Drafts past a stop token were accepted but are not in the response.
     assert 0 < drafts <= counts.accepted < counts.drafted
@@ -200,7 +200,7 @@ def test_constraints_are_kept_and_drafts_do_not_change_the_tokens(
         ray.get(engines[name].apply.remote(use, {}))
     assert_same(drafting, plain)
     assert [r.token_ids for r in plain] != [r.token_ids for r in free]
-    assert any(Source.DRAFT in rollout.sources for rollout in drafting)
+    assert any(TokenSource.DRAFT in rollout.sources for rollout in drafting)
     tokens = [token for rollout in plain for token in rollout.token_ids]
     if "min_tokens" in sampling:
         assert min(len(rollout.token_ids) for rollout in plain) >= sampling["min_tokens"]
@@ -339,7 +339,7 @@ def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path,
     with open_engines([arguments]) as (engine,):
         rejection = generate(engine, requests)
     coupled = generate(engines["drafting"], requests)
-    assert any(Source.DRAFT in rollout.sources for rollout in rejection)
+    assert any(TokenSource.DRAFT in rollout.sources for rollout in rejection)
     for place in range(3):
         counts = torch.zeros(2, VOCAB_LIMIT)
         for row, rollouts in enumerate((rejection, coupled)):

@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.checksum import differing, source_checksums
-from rollout.weight_transfer.connection import WeightSync, connect, segment_name
+from rollout.weight_transfer.connection import WeightConnection, connect, segment_name
 from rollout.weight_transfer.shm import ShardedWeightSource, create_segment, map_segment, plan_segment, segment_bytes
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
 from tests.rollout.tiny_models import make_model
@@ -42,7 +42,7 @@ class StateDictSource(ShardedWeightSource):
         return source_checksums(self.pieces(), {name: tuple(t.shape) for name, t in self.weights.items()})
 
 
-def connected(fleet: RolloutFleet, source: ShardedWeightSource, name: str) -> WeightSync:
+def connected(fleet: RolloutFleet, source: ShardedWeightSource, name: str) -> WeightConnection:
     return connect("shm", rank=0, client=FleetClient(fleet), source=source, barrier=_no_wait, segment=name, workers=1)
 
 
