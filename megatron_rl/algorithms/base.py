@@ -73,7 +73,7 @@ class PolicyLoss:
         """Args: settings: the section `algorithm`.
 
         Raises:
-            ConfigError: when a class of the user's does not like its `settings.options`.
+            ConfigError: when a user's class rejects its `settings.options`.
         """
         self.settings = settings
 

@@ -111,7 +111,7 @@ def test_mistakes_are_one_sentence(run, tmp_path: Path) -> None:
         prepare("gsm9k", tmp_path / "a.parquet", [], 13, False, None, console)
     with pytest.raises(ConfigError, match=r"must end in \.parquet"):
         prepare("gsm8k", tmp_path / "a.json", [], 13, False, None, console)
-    with pytest.raises(ConfigError, match="'aime23' is no evaluation set"):
+    with pytest.raises(ConfigError, match="'aime23' is not an evaluation set"):
         prepare("gsm8k", tmp_path / "a.parquet", ["aime23"], 13, False, None, console)
 
 
