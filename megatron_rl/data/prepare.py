@@ -79,7 +79,7 @@ def check(spec: str, output: Path, against: Sequence[str], template: str | None)
     """
     if split_spec(spec, TRAINING) is None:
         raise ConfigError(
-            f"{spec!r} is not a public training set; the known ones are {', '.join(TRAINING)}, as NAME or NAME=FILE."
+            f"{spec!r} is not a public training set; there are {', '.join(TRAINING)}, as NAME or NAME=FILE."
         )
     if output.suffix != ".parquet":
         raise ConfigError(f"--output {output} must end in .parquet.")
@@ -87,9 +87,7 @@ def check(spec: str, output: Path, against: Sequence[str], template: str | None)
         raise ConfigError(f"--output {output} exists already; choose another file or remove it.")
     for name in against:
         if split_spec(name, EVALUATION) is None:
-            raise ConfigError(
-                f"--against {name!r} is not an evaluation set; the known ones are {', '.join(EVALUATION)}."
-            )
+            raise ConfigError(f"--against {name!r} is not an evaluation set; there are {', '.join(EVALUATION)}.")
     if template is not None and PROBLEM not in template:
         raise ConfigError(f"--template {template!r} has no {PROBLEM}, where the problem goes.")
 
