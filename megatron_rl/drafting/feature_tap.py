@@ -24,7 +24,7 @@ from torch import Tensor
 
 from drafter.eagle.packed_rows import PackedFeatures
 from megatron_rl.trainer.batch import Batch, Microbatch
-from megatron_rl.trainer.policy import Policy
+from megatron_rl.trainer.pipeline_model import PipelineModel
 
 FINAL = -1
 """The depth after the final norm, beside the numbers of `HeadConfig.aux_layers`."""
@@ -84,7 +84,7 @@ def _held_out_sequences(batch: Batch, step: int) -> set[int]:
 class FeatureTap:
     """Records hidden states of one policy. Built, used and read on all ranks together."""
 
-    def __init__(self, policy: Policy, aux_layers: tuple[int, ...]) -> None:
+    def __init__(self, policy: PipelineModel, aux_layers: tuple[int, ...]) -> None:
         """`aux_layers`: depths to record beside the final one, as `HeadConfig.aux_layers` numbers them."""
         self._policy = policy
         self._parts = (*aux_layers, FINAL)
@@ -108,11 +108,10 @@ class FeatureTap:
         self._forget()
         self._batch, self._planned = batch, {window.sequence: window for window in windows}
         hooks = [module.register_forward_hook(self._hook(part)) for part, module in self._modules()]
-        self._policy.on_microbatch = self._begin_microbatch
         try:
-            yield
+            with self._policy.observing_microbatches(self._begin_microbatch):
+                yield
         finally:
-            self._policy.on_microbatch = None
             for hook in hooks:
                 hook.remove()
 

@@ -34,7 +34,7 @@ class TailFiller:
         """Seconds of this rank since `end` returned them last."""
         self.timeline = Timeline()
         coordinator.register(BEGIN, self._begin)
-        coordinator.wait = self._wait
+        coordinator.fill_waits(self._wait)
 
     def watch(self, items: Iterator[Item], total: int) -> Iterator[Item]:
         """On the driver, inside `Coordinator.drive`: the same items, of which `total` will come."""

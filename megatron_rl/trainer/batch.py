@@ -55,6 +55,11 @@ class Batch:
         """Response tokens in the batch."""
         return self.offsets[-1]
 
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of all prompts and responses."""
+        return sum(map(len, self.prompts)) + self.tokens
+
     def sequence_length(self, index: int) -> int:
         """Tokens of prompt and response together."""
         return len(self.prompts[index]) + len(self.responses[index])

@@ -1,8 +1,13 @@
-"""The policy's forward passes over megatron-core's pipeline schedules."""
+"""A model over megatron-core's parallel groups, and its passes through the pipeline schedules.
 
+Every rank calls every method with the same batch; data-parallel ranks take their shares of it, pipeline stages and
+tensor-parallel parts take their positions by megatron-core's groups.
+"""
+
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -11,14 +16,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drafter.idle_time.pipeline_bubbles import BubbleCommunicator
-from drafter.idle_time.wait_filler import ThreadFill
 from megatron_rl.config import Config
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.context_parallel import join
 from megatron_rl.models.gpt import build_policy
 from megatron_rl.models.megatron_folder import has_megatron_weights, load_megatron_weights
-from megatron_rl.models.vocab_parallel_logprobs import token_logprobs
 from megatron_rl.models.weights import draw_weights, has_hf_weights, load_hf_weights
 from megatron_rl.trainer.batch import Batch, Microbatch, build_microbatch, plan_microbatches
 
@@ -27,38 +30,44 @@ Progress = Callable[[int, int], None]
 
 
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(micro-batch, logprobs [tokens], entropies [tokens]) -> (this micro-batch's part of the loss, of the metrics).
-
-A critic has values [tokens] in place of the two."""
+"""(micro-batch, values [tokens] by the output head) -> (this micro-batch's part of the loss, of the metrics)."""
 
 
-PlacedValues = tuple[torch.Tensor, torch.Tensor]
-"""(places in the flat layout, int64 [tokens] on the CPU; their values, float32 [tokens] on the device)."""
+PositionedValues = tuple[torch.Tensor, torch.Tensor]
+"""(positions in the flat layout, int64 [tokens] on the CPU; their values, float32 [tokens] on the device)."""
 
 
-def _is_first_copy() -> bool:
-    """Whether this rank's log-probs count: those of its tensor- and context-parallel peers are the same."""
+class OutputHead(Protocol):
+    """What a model says about each response token."""
+
+    def attach(self, model: GPTModel) -> None:
+        """Change the output layer of this rank's part, once its weights are loaded."""
+        ...
+
+    def read(self, microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the output layer's rows [tokens, ...] say about the response tokens: values of shape [tokens]."""
+        ...
+
+
+def is_first_copy() -> bool:
+    """Whether this rank's values count: those of its tensor- and context-parallel peers are the same."""
     peers = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
     return peers == (0, 0)
 
 
-class Policy:
-    """A model for forward passes: the frozen reference, or the base of the trained policy."""
+class PipelineModel:
+    """This rank's part of a model, with forward passes. The base of the policy, the reference and the critic."""
 
-    def __init__(
-        self, config: Config, runtime: Runtime, arch: Architecture, vocab_limit: int, temperature: float
-    ) -> None:
+    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, head: OutputHead) -> None:
         """Build this rank's part and load its weights from `config.model.path`, or draw them for `model.scratch`.
 
         Args:
             config: the experiment.
             runtime: this process's place.
             arch: shape of the model.
-            vocab_limit: token ids from here on are excluded from every distribution.
-            temperature: divides the logits of every distribution.
+            head: what is read from the model's output.
         """
         self.config, self.runtime, self.arch = config, runtime, arch
-        self.vocab_limit, self.temperature = vocab_limit, temperature
         self.model: GPTModel = build_policy(config, arch)
         if has_megatron_weights(config.model.path):
             load_megatron_weights(self.model, config.model.path)
@@ -66,39 +75,34 @@ class Policy:
             draw_weights(self.model, arch, config.train.seed)
         else:
             load_hf_weights(self.model, arch, config.model.path)
-        self._attach_head()
+        self._head = head
+        head.attach(self.model)
         self.module: torch.nn.Module = self.model
-        self.bubbles: BubbleCommunicator | None = None
-        self.on_microbatch: Callable[[Microbatch], None] | None = None
-        """Called with each micro-batch before its forward pass."""
+        """What the passes go through: the model, or what wraps it."""
+        self._bubbles: BubbleCommunicator | None = None
+        self._observers: list[Callable[[Microbatch], None]] = []
 
-    def fill_bubbles(self, fill: ThreadFill) -> BubbleCommunicator:
-        """From now on, run slices while this pipeline stage waits for others. Does not change what is computed."""
-        config = self.model.config
-        self.bubbles = BubbleCommunicator(parallel_state.get_pipeline_model_parallel_group(), config, fill)
-        if config.finalize_model_grads_func is not None:
-            config.finalize_model_grads_func = self.bubbles.flushing(config.finalize_model_grads_func)
-        return self.bubbles
-
-    def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
-        """Log-probabilities of all response tokens, float32 [tokens] on every rank's CPU."""
-        return self._per_token(batch, progress)
-
-    def _attach_head(self) -> None:
-        """Called once the weights are loaded. A policy keeps the model's output layer."""
+    @contextlib.contextmanager
+    def observing_microbatches(self, observe: Callable[[Microbatch], None]) -> Iterator[None]:
+        """Within the block, `observe` is called with each micro-batch before its forward pass."""
+        self._observers.append(observe)
+        try:
+            yield
+        finally:
+            self._observers.remove(observe)
 
     @torch.no_grad()
     def _per_token(self, batch: Batch, progress: Progress | None) -> Float[torch.Tensor, "tokens"]:
-        """The first of what `_read` gives for all response tokens, float32 [tokens] on every rank's CPU."""
+        """The first of what the head reads for all response tokens, float32 [tokens] on every rank's CPU."""
         self.module.eval()
         return self._gather(batch, self._run(batch, None, forward_only=True, progress=progress))
 
-    def _gather(self, batch: Batch, found: list[PlacedValues]) -> Float[torch.Tensor, "tokens"]:
+    def _gather(self, batch: Batch, found: list[PositionedValues]) -> Float[torch.Tensor, "tokens"]:
         """What the ranks found for their micro-batches, for all response tokens on every rank."""
         flat = torch.zeros(batch.tokens)
-        if _is_first_copy():
-            for places, values in found:
-                flat[places] = values.cpu()
+        if is_first_copy():
+            for positions, values in found:
+                flat[positions] = values.cpu()
         # Each token was scored by one data-parallel rank; all others hold zeros.
         torch.distributed.all_reduce(flat, group=self.runtime.control_group)
         return flat
@@ -108,7 +112,8 @@ class Policy:
     ) -> list[Any]:
         """One pass of this rank's share through the pipeline schedule.
 
-        Returns, on the last stage: per micro-batch (flat places, their values) without a loss, else the metrics.
+        Returns:
+            On the last stage: per micro-batch `PositionedValues` without a loss, else the metrics.
         """
         lengths = [batch.sequence_length(index) for index in range(len(batch.prompts))]
         budget = self.config.train.tokens_per_microbatch
@@ -124,7 +129,7 @@ class Policy:
                 if progress is not None:
                     progress(done + 1, len(rows))
 
-        pipeline = self.bubbles.start_pass(len(rows), forward_only) if self.bubbles is not None else {}
+        pipeline = self._bubbles.start_pass(len(rows), forward_only) if self._bubbles is not None else {}
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, loss_function),
             data_iterator=microbatches(),
@@ -143,8 +148,8 @@ class Policy:
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         microbatch = next(iterator)
         self.model.selected_rows = microbatch.rows
-        if self.on_microbatch is not None:
-            self.on_microbatch(microbatch)
+        for observe in self._observers:
+            observe(microbatch)
         output = module(microbatch.input_ids, None, None, packed_seq_params=microbatch.packing)
         return output, partial(self._finish, microbatch, loss_function)
 
@@ -158,7 +163,7 @@ class Policy:
         output = output[0]
         if self.config.parallel.sequence_parallel:
             output = output.index_select(0, microbatch.rows)
-        values = self._read(microbatch, output)
+        values = self._head.read(microbatch, output)
         if microbatch.own is not None:
             total, group = len(microbatch.flat_index), parallel_state.get_context_parallel_group()
             values = tuple(join(part, microbatch.own, total, group, sum_gradients=False) for part in values)
@@ -167,13 +172,3 @@ class Policy:
         loss, metrics = loss_function(microbatch, *values)
         # With zero counted tokens megatron-core leaves the gradient as it is: the weights are already normalised.
         return loss, torch.zeros((), dtype=torch.int64, device=loss.device), metrics
-
-    def _read(self, microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the output layer's rows [tokens, ...] say about the response tokens: logprobs and entropies [tokens]."""
-        return token_logprobs(
-            output,
-            microbatch.targets,
-            self.temperature,
-            self.vocab_limit,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
