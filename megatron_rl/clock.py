@@ -11,7 +11,11 @@ class Clock:
     """Seconds per phase of the current step."""
 
     def __init__(self, enter_phase: Callable[[str], None] = lambda name: None) -> None:
-        """Args: enter_phase: called with the name of each phase as it begins."""
+        """Begin a first step.
+
+        Args:
+            enter_phase: called with the name of each phase as it begins.
+        """
         self.seconds: Metrics = {}
         """Of the phases that are over, by the names of `docs/metrics.md`."""
         self._enter_phase = enter_phase

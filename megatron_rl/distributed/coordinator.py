@@ -21,7 +21,12 @@ class Coordinator:
     """
 
     def __init__(self, runtime: Runtime, enter_phase: Callable[[str], None] = lambda name: None) -> None:
-        """`enter_phase` is told on every rank when it begins to drive, or to wait for the driver."""
+        """Build it on every rank.
+
+        Args:
+            runtime: this process's place.
+            enter_phase: called with the phase when this rank begins to drive, or to wait for the driver.
+        """
         self._runtime, self._enter_phase = runtime, enter_phase
         self._actions: dict[str, Callable[[], None]] = {}
         self._driving = self._filled = False

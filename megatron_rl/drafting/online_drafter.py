@@ -94,7 +94,16 @@ class Drafting:
         coordinator: Coordinator,
         fleet: "RolloutFleet | None",
     ) -> None:
-        """`head` is float32 and the same on all ranks (see `megatron_rl.drafting.initial_head`)."""
+        """Build the drafter's trainer, and the fillers of idle time that `drafter.fill` names.
+
+        Args:
+            config: the experiment.
+            runtime: this process's place.
+            policy: whose hidden states the head learns from.
+            head: float32 and the same on all ranks (see `megatron_rl.drafting.initial_head`).
+            coordinator: whose waits are filled.
+            fleet: whose engines get the head; the driver's, None elsewhere.
+        """
         self._config, self._runtime, self._policy, self._fleet = config, runtime, policy, fleet
         settings = config.drafter
         self.head = head
@@ -177,7 +186,7 @@ class Drafting:
             self.live.restore_into(self.head)
             self.trainer.reset_optimizer()
         accepted = trained if decision is Decision.PUBLISH else live
-        chances = {f"drafter/accepted_{place}": float(p) for place, p in enumerate(accepted.per_position, start=1)}
+        chances = {f"drafter/accepted_{i}": float(chance) for i, chance in enumerate(accepted.per_position, start=1)}
         return {
             "drafter/trained_length": trained.expected_length,
             "drafter/heldout_length": accepted.expected_length,

@@ -26,7 +26,7 @@ from megatron_rl.preflight import Start, begin
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
-from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, _write_rollouts, read_rollouts
+from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, read_rollouts, write_rollouts
 from megatron_rl.trainer.schedule import is_due
 from rollout.types import Rollout
 
@@ -166,7 +166,7 @@ def _generate(
         fleet.shutdown()
     if runtime.is_driver:
         file = Path(config.run_dir) / ROLLOUTS_FILE
-        _write_rollouts(rollouts, file)
+        write_rollouts(rollouts, file)
         console.info(f"{len(rollouts)} rollouts are in {file}")
     return Batch([rollout.prompt_ids for rollout in rollouts], [rollout.token_ids for rollout in rollouts])
 

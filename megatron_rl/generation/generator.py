@@ -18,7 +18,7 @@ from megatron_rl.generation.groups import Group
 from megatron_rl.generation.precision_metrics import generation_metrics
 from megatron_rl.generation.prompt_pool import Pool
 from megatron_rl.generation.response_reuse import Reuse
-from megatron_rl.generation.rollout_metrics import _rollout_metrics, named_by_k
+from megatron_rl.generation.rollout_metrics import named_by_k, rollout_metrics
 from megatron_rl.generation.speculation_metrics import drafter_names, speculation_metrics
 from megatron_rl.metrics import Metrics
 from megatron_rl.observability.console import Console, shown
@@ -65,7 +65,7 @@ class Generator:
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
         self._scoring_seconds = 0.0
         self.refills = 0
-        """Prompts that dynamic sampling has asked for beyond `train.prompts_per_step`, over all steps so far."""
+        """Prompts that dynamic sampling has requested beyond `train.prompts_per_step`, over all steps so far."""
         self._evaluator = Evaluator(config, tokenizer, fleet, console, list(self._heldout.values()), self._scorer)
         self.reuse = Reuse(config)
         """Earlier responses."""
@@ -101,7 +101,7 @@ class Generator:
         return True
 
     def pause(self) -> None:
-        """Stop the engines where they generate beside training, and keep what they have begun."""
+        """Stop the engines where they generate beside training, and keep their unfinished responses."""
         if self.overlap is not None:
             self.overlap.pause()
 
@@ -129,7 +129,7 @@ class Generator:
     ) -> Metrics:
         """What is known of all `rollouts` of a step, those that dynamic sampling dropped among them."""
         options = self._config.rollout
-        metrics = _rollout_metrics(rollouts, rewards, seconds) | sampling
+        metrics = rollout_metrics(rollouts, rewards, seconds) | sampling
         if len(set(options.precisions)) > 1:
             metrics |= generation_metrics(rollouts, self._fleet.take_precision_counts(), options)
         counts = self._fleet.take_speculation_counts()
@@ -146,17 +146,17 @@ class Generator:
         algorithm, wanted = self._config.algorithm, self._config.train.prompts_per_step
         first = (step - 1) * wanted + self.refills
 
-        def ask(number: int) -> Group:
+        def make_group(number: int) -> Group:
             return self._group(step, first + number, further=number > 0)
 
         if not algorithm.dynamic_sampling:
-            groups = [ask(number) for number in range(wanted)]
+            groups = [make_group(number) for number in range(wanted)]
             found = iter(self._generate(_requests(groups)))
             for group in groups:
                 group.rollouts = {request.sample_index: next(found) for request in group.requests}
             return groups, groups, {}
         limit = wanted * (1 + algorithm.dynamic_sampling)
-        with DynamicSampling(wanted, limit, ask, self._score_group) as refill:
+        with DynamicSampling(wanted, limit, make_group, self._score_group) as refill:
             self._generate(_requests(refill.groups), refill)
         self.refills += len(refill.groups) - wanted
         return refill.groups, refill.chosen(), refill.metrics()
@@ -208,7 +208,7 @@ class Generator:
         return results | {"time/eval": time.perf_counter() - start}
 
     def _generate(self, requests: list[RolloutRequest], refill: DynamicSampling | None = None) -> list[Rollout]:
-        """Responses in the order of `requests`; those that `refill` asks for besides stay with it."""
+        """Responses in the order of `requests`; those that `refill` requests besides stay with it."""
         done: dict[RequestKey, Rollout] = {}
         total = len(requests)
 

@@ -51,7 +51,7 @@ class Critic(TrainedModel):
 
         Args:
             batch: carries `values`, the critic's before the update, and `returns`.
-            progress: told of every micro-batch.
+            progress: called after every micro-batch.
 
         Returns:
             On rank 0 the metrics `critic/...` of docs/metrics.md, loss and metrics being means over tokens; elsewhere

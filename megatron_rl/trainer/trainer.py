@@ -67,7 +67,7 @@ class Trainer(TrainedModel):
             batch: carries rollout_logprobs, advantages, with a KL penalty ref_logprobs, and old_logprobs. Without the
                 last, the log-probs of the update's own forward pass are taken for them (see `Config.scores_in_update`).
             algorithm: whose loss it is; its settings also name the correction and the aggregation.
-            progress: told of every micro-batch.
+            progress: called after every micro-batch.
 
         Raises:
             ValueError: there are no old_logprobs, but several mini-batches or a correction that compares responses.
