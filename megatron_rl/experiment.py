@@ -7,34 +7,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_rl.algorithms import CriticAlgorithm, load_algorithm
+from megatron_rl.algorithms import load_algorithm
 from megatron_rl.clock import Clock
 from megatron_rl.config import Config
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.device import shared_store
 from megatron_rl.distributed.runtime import Runtime
-from megatron_rl.distributed.watchdog import Pulse, leave
-from megatron_rl.drafting.initial_head import folder_for_engines
-from megatron_rl.drafting.online_drafter import Drafting, build_drafting
+from megatron_rl.distributed.watchdog import start_pulse
+from megatron_rl.drafting.build_drafting import build_drafting, engine_head
 from megatron_rl.generation.generator import Generator, ScoredRollouts
 from megatron_rl.generation.precision_metrics import warn_of_bias
 from megatron_rl.metrics import Metrics
-from megatron_rl.models.weights import export_hf
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.observability.report import write_report
-from megatron_rl.preflight import Start, begin
-from megatron_rl.stateful import Stateful
+from megatron_rl.preflight import begin
 from megatron_rl.step_metrics import step_metrics
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.best import best_folder, improvement, save_best
-from megatron_rl.trainer.checkpoint import load_checkpoint, load_state, save_checkpoint, saved_states
-from megatron_rl.trainer.critic import Critic
+from megatron_rl.trainer.checkpoint import load_state, save_checkpoint, saved_states
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.pipeline_model import Progress
-from megatron_rl.trainer.policy import Policy
-from megatron_rl.trainer.trainer import Trainer, UpdateResult
-from rollout.fleet.ray_watch import RayWatch
+from megatron_rl.trainer.run_models import build_models
+from megatron_rl.trainer.trainer import UpdateResult
 
 LEFT_OUT = {
     "pool": "responses that were under way are dropped",
@@ -57,7 +51,7 @@ class Experiment:
             ConfigError: when the config does not fit the model, the machine, the data or an earlier run.
         """
         self.config, self.runtime = config, runtime
-        self.pulse = Pulse(runtime.rank, runtime.world_size, shared_store(), config.train.hang_timeout_s)
+        self.pulse = start_pulse(runtime, config.train.hang_timeout_s)
         self.clock = Clock(self.pulse.enter)
         self.console = Console(runtime.is_driver, on_progress=self.pulse.beat)
         self.algorithm = load_algorithm(config.algorithm)
@@ -66,23 +60,25 @@ class Experiment:
         self.coordinator = Coordinator(runtime, self.pulse.enter)
         if runtime.is_driver:
             warn_of_bias(config)
-            self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
-        head_folder = folder_for_engines(config) if runtime.is_driver and config.rollout.speculation.uses_head else None
+        self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
         # The engines start while the trainer is built.
-        self._fleet = start_fleet(config, runtime, self.coordinator, start.vocab_limit, head_folder)
-        self._ray_watch = RayWatch(leave) if runtime.is_driver else None
-        self._build_models(start)
+        self._fleet = start_fleet(
+            config, runtime, self.coordinator, start.vocab_limit, drafter_path=engine_head(config, runtime)
+        )
+        models = build_models(config, runtime, self.algorithm, start.arch, start.vocab_limit, start.resumed)
+        self.trainer, self.reference, self.critic = models.trainer, models.reference, models.critic
+        if start.resumed:
+            self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
         self.weight_sync = self._fleet.connect(self.trainer.weights)
-        self._parts: dict[str, Stateful] = self._fleet.parts()
+        self._parts = self._fleet.parts()
         """What checkpoints carry beside the models, by name, in the order in which it is restored."""
         if self._fleet.engines is not None:
             self.generator = Generator(config, start.tokenizer, self._fleet.engines, self.console)
             self._parts |= self.generator.parts()
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
         self.weight_sync.sync(start.resumed)
-        self._drafting: Drafting | None = None
-        if config.rollout.speculation.uses_head:
-            self._drafting = build_drafting(config, runtime, self.trainer, self.coordinator, self._fleet.engines)
+        self._drafting = build_drafting(config, runtime, self.trainer, self.coordinator, self._fleet.engines)
+        if self._drafting is not None:
             self._parts["drafter"] = self._drafting
             if self._drafting.tail is not None and runtime.is_driver:
                 self.generator.add_watch(self._drafting.tail.watch)
@@ -91,27 +87,14 @@ class Experiment:
         if self._drafting is not None:
             self._drafting.start()
 
-    def _build_models(self, start: Start) -> None:
-        """The policy, and what the algorithm needs beside it, with the weights of the checkpoint to resume from."""
-        config, runtime = self.config, self.runtime
-        critic_steps = config.algorithm.critic.warmup_steps if isinstance(self.algorithm, CriticAlgorithm) else 0
-        policy = (config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
-        self.trainer = Trainer(*policy, steps=config.train.steps - critic_steps)
-        self.reference = Policy(*policy) if config.algorithm.kl.coef > 0 else None
-        self.critic = Critic(config, runtime, start.arch) if isinstance(self.algorithm, CriticAlgorithm) else None
-        if start.resumed:
-            load_checkpoint(self.trainer, config.run_dir, start.resumed, self.critic)
-            self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
-
     def _restore_parts(self, resumed: int) -> None:
-        saved = saved_states(self.config.run_dir, resumed)
-        used = set()
+        left_out = set(saved_states(self.config.run_dir, resumed))
         for name, part in self._parts.items():
-            if name in saved and part.restore(load_state(self.config.run_dir, resumed, name)):
-                used.add(name)
-        for name in saved:
-            if self.runtime.is_driver and name not in used and name in LEFT_OUT:
-                self.console.info(f"{LEFT_OUT[name]}: they were sampled with other options")
+            state = load_state(self.config.run_dir, resumed, name)
+            if state is not None and part.restore(state):
+                left_out.discard(name)
+        for name in LEFT_OUT.keys() & left_out:
+            self.console.info(f"{LEFT_OUT[name]}: they were sampled with other options")
 
     def __enter__(self) -> "Experiment":
         return self
@@ -120,8 +103,6 @@ class Experiment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pulse.close()
-        if self._ray_watch is not None:
-            self._ray_watch.close()
         if self.runtime.is_driver:
             self.generator.close()
             self._logger.close()
@@ -215,7 +196,7 @@ class Experiment:
         self.pulse.enter("finishing")
         run_dir = Path(self.config.run_dir)
         if self.config.checkpoint.export_hf:
-            export_hf(self.trainer.weights, self.config.model.path, run_dir / "hf")
+            self.trainer.export_hf(run_dir / "hf")
             self.console.info(f"the trained model is in {run_dir / 'hf'}")
         if self._drafting is not None and self.runtime.is_driver:
             self._drafting.export(run_dir / "drafter")

@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from megatron_rl.distributed.device import shared_store
+from megatron_rl.distributed.runtime import Runtime
+
 STATUS = 70
 """Exit status of a driver that gave up."""
 WAITING = "waiting for the driver"
@@ -161,6 +164,11 @@ class Pulse:
                 self._newest[rank] = (text, now)
         reports = {rank: Report(**json.loads(text)[1]) for rank, (text, _) in self._newest.items()}
         return verdict(reports, {rank: now - came for rank, (_, came) in self._newest.items()}, self._timeout_s)
+
+
+def start_pulse(runtime: Runtime, timeout_s: float | None) -> Pulse:
+    """The pulse of this trainer process; see `Pulse` for the time."""
+    return Pulse(runtime.rank, runtime.world_size, shared_store(), timeout_s)
 
 
 def leave(sentence: str) -> None:

@@ -32,7 +32,6 @@ from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.drafting.alarm import LiveAlarm
 from megatron_rl.drafting.feature_tap import FeatureTap, plan_windows
-from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.step_timeline import StepTimeline
 from megatron_rl.drafting.tail_filler import TailFiller
 from megatron_rl.drafting.wait_fill import idle_fill
@@ -251,18 +250,6 @@ class Drafting:
     def export(self, folder: Path) -> None:
         """Write the live head in vLLM's format."""
         save_head(self.live.head, folder)
-
-
-def build_drafting(
-    config: Config,
-    runtime: Runtime,
-    policy: Trainer,
-    coordinator: Coordinator,
-    fleet: "RolloutFleet | None",
-) -> Drafting:
-    """The drafter of a run, with the head that it starts from; its engines get it by `Drafting.start`."""
-    head = initial_head(config, frozen_policy(policy.weights, policy.vocab_limit))
-    return Drafting(config, runtime, policy, head, coordinator, fleet)
 
 
 def _training_metrics(flush: Flush) -> Metrics:

@@ -6,10 +6,12 @@ from megatron_rl.config import Config
 from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.distributed.runtime import Runtime
+from megatron_rl.distributed.watchdog import leave
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.stateful import Stateful
 from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
+from rollout.fleet.ray_watch import RayWatch
 
 
 class LearnedSpeculation:
@@ -35,8 +37,13 @@ class FleetConnection:
         """To be made by `start_fleet`; `backend` carries the weights: shm, ipc or nccl."""
         self._config, self._runtime, self._coordinator, self._backend = config, runtime, coordinator, backend
         self._weight_sync: WeightSync | None = None
+        self._ray_watch: RayWatch | None = None
         self.engines: RolloutFleet | None = None
         """On the driver; None elsewhere."""
+
+    def start_engines(self, engines: RolloutFleet) -> None:
+        """Take over the driver's engines, which are starting, and leave the process when Ray dies under them."""
+        self.engines, self._ray_watch = engines, RayWatch(leave)
 
     def connect(self, weights: PolicyWeights) -> WeightSync:
         """Wait until the engines are up and connect them; they generate nothing of use before the first sync.
@@ -68,6 +75,8 @@ class FleetConnection:
 
     def shutdown(self) -> None:
         """Release the connection and stop the engines."""
+        if self._ray_watch is not None:
+            self._ray_watch.close()
         if self._weight_sync is not None:
             self._weight_sync.shutdown()
         if self.engines is not None:
@@ -98,12 +107,14 @@ def start_fleet(
     environment = engine_environment(config, vocab_limit)
     fleet = FleetConnection(config, runtime, coordinator, environment.weight_sync)
     if runtime.is_driver:
-        fleet.engines = RolloutFleet(
-            config,
-            environment,
-            config.model.path,
-            on_restart=fleet.restore,
-            wait=False,
-            drafter_path=drafter_path,
+        fleet.start_engines(
+            RolloutFleet(
+                config,
+                environment,
+                config.model.path,
+                on_restart=fleet.restore,
+                wait=False,
+                drafter_path=drafter_path,
+            )
         )
     return fleet

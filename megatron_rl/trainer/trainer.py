@@ -1,6 +1,7 @@
 """The policy's updates."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.metrics import Metrics
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.weights import PolicyWeights
+from megatron_rl.models.weights import PolicyWeights, export_hf
 from megatron_rl.trainer.batch import Batch, Microbatch, with_values
 from megatron_rl.trainer.pipeline_model import PositionedValues, Progress
 from megatron_rl.trainer.policy import PolicyHead
@@ -59,6 +60,10 @@ class Trainer(TrainedModel):
     def logprobs(self, batch: Batch, progress: Progress | None = None) -> Float[torch.Tensor, "tokens"]:
         """Log-probabilities of all response tokens, float32 [tokens] on every rank's CPU."""
         return self._per_token(batch, progress)
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face model; on every rank."""
+        export_hf(self.weights, self.config.model.path, folder)
 
     def update(self, batch: Batch, algorithm: PolicyLoss, progress: Progress | None = None) -> UpdateResult:
         """One RL update: `train.num_minibatches` optimizer steps on consecutive parts of the batch.
