@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves; the first run takes a few minutes, later ones start at once.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test test-all lint sanitize clean setup
+.PHONY: demo test test-all lint format docs sanitize clean setup help
 
 # Importing torch, vLLM and megatron-core from source alone takes ten seconds more in every process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,7 +16,7 @@ BASE_MODEL := runs/arithmetic-sft/hf/config.json
 # More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"
 ARGS ?=
 
-demo: $(READY) $(BASE_MODEL)
+demo: $(READY) $(BASE_MODEL)  ## train a small model with RL and show what it learned
 	@run=runs/arithmetic; n=1; \
 	while [ -e $$run/hf/config.json ]; do n=$$((n + 1)); run=runs/arithmetic-$$n; done; \
 	[ $$n -eq 1 ] || echo "runs/arithmetic holds a finished demo and stays as it is; this one goes to $$run."; \
@@ -29,19 +29,27 @@ $(BASE_MODEL): | $(READY)
 	$(BIN)/megatron-rl sft -c configs/arithmetic-sft.yaml
 
 # Files go to the workers in the order of tests/conftest.py.
-test: $(READY)
+test: $(READY)  ## the tests, without those that take minutes
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-test-all: $(READY)
+test-all: $(READY)  ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)
+lint: $(READY)  ## ruff, its formatter in check mode, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+format: $(READY)  ## put imports and lines in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The site needs no network, neither to be built nor to be read.
+docs: $(READY)  ## the site of docs/ in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # The CPU cores of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
-sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver $(SANITIZED)/int8_driver
+sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver $(SANITIZED)/int8_driver  ## the CPU cores of csrc under the sanitizers
 	for driver in $^; do $$driver; done
 
 $(SANITIZED)/%_driver: csrc/tests/%_driver.cpp csrc/tests/driver.h $(NATIVE) Makefile
@@ -59,7 +67,7 @@ $(SANITIZED)/%_driver: csrc/tests/%_driver.cpp csrc/tests/driver.h $(NATIVE) Mak
 	compile $<; \
 	$(CXX) $$flags -pthread $(SANITIZED)/$*/*.o -o $@
 
-setup: $(READY)
+setup: $(READY)  ## a virtual environment with pinned packages, and the native extension
 
 $(PACKAGES): requirements-cpu.lock
 	@fail() { tail -n 20 .venv/setup.log; exit 1; }; \
@@ -79,6 +87,9 @@ $(READY): $(PACKAGES) setup.py $(NATIVE)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e . >> .venv/setup.log 2>&1 || fail
 	@touch $@
 
-clean:
+clean:  ## remove what was built; .venv and runs/ stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'

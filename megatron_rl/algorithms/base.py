@@ -70,7 +70,10 @@ class PolicyLoss:
     """
 
     def __init__(self, settings: AlgorithmConfig) -> None:
-        """Args: settings: the section `algorithm`.
+        """Keep the settings.
+
+        Args:
+            settings: the section `algorithm`.
 
         Raises:
             ConfigError: when a user's class rejects its `settings.options`.
