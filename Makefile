@@ -12,12 +12,13 @@ PACKAGES := .venv/.packages
 READY := .venv/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 SANITIZED := build/sanitize
-MEGATRON_TESTS := $(addprefix tests/training/test_,$(addsuffix .py,parity train_step checkpoint damaged_checkpoints \
-	mixture critic recompute correction context convert drafting features finite routing trainer)) \
+MEGATRON_TESTS := $(addprefix tests/training/test_,$(addsuffix .py,megatron_versions parity train_step trainer checkpoint \
+	damaged_checkpoints mixture critic recompute correction context convert drafting features finite routing)) \
 	$(addprefix tests/drafter/test_,pipeline.py trainer_hook.py trainer.py)
 BASE_MODEL := runs/arithmetic-sft/hf/config.json
 # Another release for the trainer's tests: make test-newest-megatron MEGATRON=0.18.2
 MEGATRON ?= 0.19.2
+TRITON := triton==3.7.1
 OTHER_MEGATRON := .venv-megatron-$(MEGATRON)
 # More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"
 ARGS ?=
@@ -46,15 +47,15 @@ test-newest-megatron: $(OTHER_MEGATRON)/.ready
 	PATH="$(CURDIR)/$(OTHER_MEGATRON)/bin:$$PATH" $(OTHER_MEGATRON)/bin/python -m pytest -n 2 --dist loadfile \
 		--no-loadscope-reorder $(MEGATRON_TESTS)
 
-# The packages of .venv with another megatron-core in front of them. From 0.17 on it asks for Python 3.12, for which
-# there is no CPU build of torch here; its code runs on 3.11, too.
+# The packages of .venv with another megatron-core in front of them. From 0.17 on it asks for Python 3.12, but its code
+# runs on 3.11, which .venv is for; from 0.18 on it imports triton (this one is what torch 2.13 names for CUDA).
 $(OTHER_MEGATRON)/.ready: $(READY)
 	@echo "setup: megatron-core $(MEGATRON) and the packages of .venv in $(OTHER_MEGATRON)"; \
 	$(BIN)/python -m venv --clear --without-pip $(OTHER_MEGATRON); \
 	packages() { $$1/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
 	echo "import site; site.addsitedir('$$(packages $(BIN)/..)')" > $$(packages $(OTHER_MEGATRON))/venv.pth; \
 	$(BIN)/python -m pip --python $(OTHER_MEGATRON) install --disable-pip-version-check --progress-bar off --quiet \
-		--no-compile --no-deps --ignore-requires-python --ignore-installed megatron-core==$(MEGATRON)
+		--no-compile --no-deps --ignore-requires-python --ignore-installed megatron-core==$(MEGATRON) $(TRITON)
 	@touch $@
 
 lint: $(READY)

@@ -68,12 +68,12 @@ def install() -> None:
     """Make megatron-core's CUDA calls mean the CPU, in this process and thread. Idempotent.
 
     Raises:
-        RuntimeError: for a megatron-core version that is not supported.
+        ConfigError: for a megatron-core version that is not supported.
     """
     global _mode
     if _mode is not None:
         return
-    megatron_version.check("training on a CPU")
+    megatron_version.check()
     _answer_for_cuda()
     for apply in PATCHES:
         apply()

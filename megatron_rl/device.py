@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_rl import megatron_version
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.layout import check_world_size
 from rollout.bound_store import bind_process_groups
@@ -69,8 +70,9 @@ def check_device(config: Config) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
-        ConfigError: naming the key and the remedy.
+        ConfigError: naming the key or the package, and the remedy.
     """
+    megatron_version.check()
     if config.model.precision == "fp8" and not has_transformer_engine():
         missing = "Transformer Engine is not installed" if on_gpu() else "this machine has no CUDA device"
         raise ConfigError(

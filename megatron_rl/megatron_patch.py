@@ -12,7 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_rl import megatron_version, safe_reading
+from megatron_rl import safe_reading
 from megatron_rl.megatron_version import patch
 
 _original_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -97,9 +97,8 @@ def install() -> None:
     """Apply the patches for the installed version. Idempotent.
 
     Raises:
-        RuntimeError: for a megatron-core version that is not supported.
+        ConfigError: for a megatron-core version that is not supported.
     """
-    megatron_version.check("saving checkpoints")
     for apply in PATCHES:
         apply()
     safe_reading.install()
