@@ -12,6 +12,7 @@ from torch.distributed import Store
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_world_size
+from megatron_rl.megatron_patches import versions
 
 # glibc returns large blocks to the kernel after each step and the page faults dominate small models; keep them instead.
 MALLOC_TUNABLES = (
@@ -33,8 +34,9 @@ def check_device(config: Config) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
-        ConfigError: naming the key and the remedy.
+        ConfigError: naming the key or the package, and the remedy.
     """
+    versions.check()
     if config.model.precision == "fp8" and not has_transformer_engine():
         missing = "Transformer Engine is not installed" if on_gpu() else "this machine has no CUDA device"
         raise ConfigError(
