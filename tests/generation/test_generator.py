@@ -292,3 +292,32 @@ def test_a_step_ahead_has_the_prompts_seeds_and_rewards_that_it_has_without(make
     assert {(r.prompt_id, r.epoch) for r in fleet.seen}.isdisjoint({(r.prompt_id, r.epoch) for r in scored.rollouts})
     for generator in (plain, ahead):
         generator.close()
+
+
+def test_watches_see_the_rollouts_of_training_and_not_those_of_evaluation(make):
+    generator, _, _ = make()
+    seen: list[Rollout] = []
+
+    def watch(rollouts: Iterator[Rollout], total: int) -> Iterator[Rollout]:
+        assert total == 8
+        for rollout in rollouts:
+            seen.append(rollout)
+            yield rollout
+
+    generator.add_watch(watch)
+    generator.add_watch(lambda rollouts, total: rollouts)
+    generator.evaluate(0)
+    assert seen == []
+    scored = generator.training_rollouts(1)
+    assert sorted(map(id, seen)) == sorted(map(id, scored.rollouts))
+
+
+def test_checkpoints_carry_what_the_options_need(make):
+    plain, _, _ = make()
+    assert list(plain.parts()) == ["refills"]
+    ahead, _, _ = make({"async_steps": 1})
+    assert list(ahead.parts()) == ["refills", "pool"]
+    reusing, _, _ = make({"history": {"mode": "coupled"}})
+    assert list(reusing.parts()) == ["refills", "history"]
+    for generator in (plain, ahead, reusing):
+        generator.close()
