@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves; the first run takes a few minutes, later ones start at once.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test test-all lint format docs sanitize clean setup help
+.PHONY: demo test test-all test-newest-megatron lint format docs sanitize clean setup help
 
 # Importing torch, vLLM and megatron-core from source alone takes ten seconds more in every process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,7 +12,14 @@ PACKAGES := .venv/.packages
 READY := .venv/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 SANITIZED := build/sanitize
+MEGATRON_TESTS := tests/megatron_patches tests/models tests/trainer tests/test_train_step.py tests/test_convert.py \
+	$(addprefix tests/drafting/test_,feature_tap.py online_drafter.py) tests/drafter/training/test_head_trainer.py \
+	$(addprefix tests/drafter/idle_time/test_,pipeline_bubbles.py trainer_hook.py)
 BASE_MODEL := runs/arithmetic-sft/hf/config.json
+# Another release for the trainer's tests: make test-newest-megatron MEGATRON=0.18.2
+MEGATRON ?= 0.19.2
+TRITON := triton==3.7.1
+OTHER_MEGATRON := .venv-megatron-$(MEGATRON)
 # More overrides for the demo: make demo ARGS="train.seed=1 run_dir=runs/seed-1"
 ARGS ?=
 
@@ -34,6 +41,22 @@ test: $(READY)  ## the tests, without those that take minutes
 
 test-all: $(READY)  ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What of the tests stands on megatron-core, except whole runs and those with engines.
+test-newest-megatron: $(OTHER_MEGATRON)/.ready  ## the trainer's tests on another megatron-core (MEGATRON=0.19.2)
+	PATH="$(CURDIR)/$(OTHER_MEGATRON)/bin:$$PATH" $(OTHER_MEGATRON)/bin/python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder $(MEGATRON_TESTS)
+
+# The packages of .venv with another megatron-core in front of them. From 0.17 on it asks for Python 3.12, but its code
+# runs on 3.11, which .venv is for; from 0.18 on it imports triton (this one is what torch 2.13 names for CUDA).
+$(OTHER_MEGATRON)/.ready: $(READY)
+	@echo "setup: megatron-core $(MEGATRON) and the packages of .venv in $(OTHER_MEGATRON)"; \
+	$(BIN)/python -m venv --clear --without-pip $(OTHER_MEGATRON); \
+	packages() { $$1/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
+	echo "import site; site.addsitedir('$$(packages $(BIN)/..)')" > $$(packages $(OTHER_MEGATRON))/venv.pth; \
+	$(BIN)/python -m pip --python $(OTHER_MEGATRON) install --disable-pip-version-check --progress-bar off --quiet \
+		--no-compile --no-deps --ignore-requires-python --ignore-installed megatron-core==$(MEGATRON) $(TRITON)
+	@touch $@
 
 lint: $(READY)  ## ruff, its formatter in check mode, mypy
 	$(BIN)/ruff check .
