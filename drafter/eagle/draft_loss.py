@@ -50,9 +50,9 @@ class DraftLoss:
     """Weighted loss, with its gradient; float32."""
     weight: Float[Tensor, ""]
     """Sum of decay ** i over what counted."""
-    step_cross_entropy: Float[Tensor, " steps"]
+    step_cross_entropy: Float[Tensor, "steps"]
     """Unweighted cross-entropy of each step, in nats, detached."""
-    step_counts: Float[Tensor, " steps"]
+    step_counts: Float[Tensor, "steps"]
     """How many anchors counted in each step."""
 
 
@@ -113,12 +113,12 @@ def unroll(
 def _chunk(
     head: EagleHead,
     policy: FrozenPolicy,
-    proposed: Int[Tensor, " proposed"],
+    proposed: Int[Tensor, "proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
     counted: Bool[Tensor, "steps rows"],
     options: LossOptions,
-) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+) -> tuple[Float[Tensor, "steps"], Float[Tensor, "steps"], Float[Tensor, "steps"]]:
     """Loss, detached cross-entropy and number of counted positions of each step, over one chunk of positions."""
     with torch.no_grad():
         policy_logits = F.linear(final_hidden, policy.lm_head).float()

@@ -32,16 +32,16 @@ from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures, counted_draf
 class ExpectedAcceptance:
     """Expected numbers over the anchors of some rows; add them up over rows with `+`."""
 
-    reached: Float[Tensor, " steps"]
+    reached: Float[Tensor, "steps"]
     """How many drafts are expected to have all tokens before step i accepted (of anchors where step i exists)."""
-    accepted: Float[Tensor, " steps"]
+    accepted: Float[Tensor, "steps"]
     """How many of those are expected to have the token of step i accepted too."""
 
     def __add__(self, other: "ExpectedAcceptance") -> "ExpectedAcceptance":
         return ExpectedAcceptance(self.reached + other.reached, self.accepted + other.accepted)
 
     @property
-    def per_position(self) -> Float[Tensor, " steps"]:
+    def per_position(self) -> Float[Tensor, "steps"]:
         """Chance that the token of step i is accepted, given that those before it were; 0 where nothing was seen."""
         return self.accepted / self.reached.clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -97,10 +97,10 @@ def expected_acceptance(
 def _chances(
     head: EagleHead,
     policy: FrozenPolicy,
-    proposed: Int[Tensor, " proposed"],
+    proposed: Int[Tensor, "proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
-    sampled: Int[Tensor, " rows"],
+    sampled: Int[Tensor, "rows"],
     temperature: float,
 ) -> Float[Tensor, "steps rows"]:
     """For each step at each target position, the chance that it proposes the token that the policy sampled there."""
@@ -113,8 +113,8 @@ def _chances(
 def agreement(
     policy_logprobs: Float[Tensor, "rows vocab"],
     draft_logprobs: Float[Tensor, "steps rows draft_vocab"],
-    token_ids: Int[Tensor, " draft_vocab"],
-    sampled: Int[Tensor, " rows"],
+    token_ids: Int[Tensor, "draft_vocab"],
+    sampled: Int[Tensor, "rows"],
 ) -> Float[Tensor, "steps rows"]:
     """`P(the draft is x | the policy samples x)` under shared Gumbel noise, x = `sampled`: the formula above.
 

@@ -107,8 +107,8 @@ def default_aux_layers(policy_layers: int) -> tuple[int, ...]:
 class EagleHead(nn.Module):
     """The trainable part of a drafter. Parameters carry the names of public EAGLE-3 checkpoints."""
 
-    d2t: Int[Tensor, " draft_vocab"]
-    t2d: Bool[Tensor, " vocab"]
+    d2t: Int[Tensor, "draft_vocab"]
+    t2d: Bool[Tensor, "vocab"]
 
     def __init__(self, config: HeadConfig, vocabulary: DraftVocabulary | None = None) -> None:
         """Random weights, float32. `vocabulary` has `config.draft_vocab_size` tokens, and is needed if that is reduced.
@@ -144,11 +144,11 @@ class EagleHead(nn.Module):
         self.register_buffer("t2d", vocabulary.t2d, persistent=reduced)
 
     @property
-    def token_ids(self) -> Int[Tensor, " draft_vocab"]:
+    def token_ids(self) -> Int[Tensor, "draft_vocab"]:
         """int64: the policy's id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def proposed_ids(self, sampled_vocab: int) -> Int[Tensor, " proposed"]:
+    def proposed_ids(self, sampled_vocab: int) -> Int[Tensor, "proposed"]:
         """`token_ids` below `sampled_vocab`: those of the first draft ids, as they ascend. Engines mask the others."""
         token_ids = self.token_ids
         return token_ids[token_ids < sampled_vocab]
@@ -176,9 +176,7 @@ class EagleHead(nn.Module):
         logits: Tensor = self.lm_head(self.norm(states))
         return logits
 
-    def start(
-        self, hidden_states: Float[Tensor, "seq features"], cu_seqlens: Int[Tensor, " sequences+1"]
-    ) -> "Unrolled":
+    def start(self, hidden_states: Float[Tensor, "seq features"], cu_seqlens: Int[Tensor, "sequences+1"]) -> "Unrolled":
         """Begin drafts at every position of a packed row (see `drafter.eagle.packed_rows`)."""
         return Unrolled(self, hidden_states, cu_seqlens)
 
@@ -228,9 +226,9 @@ class Unrolled:
 class _Memory:
     """What the attention of an unrolled row remembers."""
 
-    frequencies: Float[Tensor, " half_head_dim"]
+    frequencies: Float[Tensor, "half_head_dim"]
     """float32 whatever the head's dtype is: bfloat16 angles would be wrong."""
-    positions: Int[Tensor, " seq"]
+    positions: Int[Tensor, "seq"]
     mask: Bool[Tensor, "seq seq"]
     """[p, q]: q is a position of p's sequence, and not after p."""
     keys: list[Float[Tensor, "kv_heads seq head_dim"]]

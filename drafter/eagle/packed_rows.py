@@ -17,7 +17,7 @@ from torch import Tensor
 class PackedFeatures:
     """One row of packed sequences; all tensors on one device. Padding is finite numbers behind the last sequence."""
 
-    token_ids: Int[Tensor, " seq"]
+    token_ids: Int[Tensor, "seq"]
     """int64."""
     hidden_states: Float[Tensor, "seq features"]
     """What the head reads. EAGLE-3: the policy's residual stream at `HeadConfig.aux_layers`, concatenated; EAGLE:
@@ -25,9 +25,9 @@ class PackedFeatures:
     final_hidden: Float[Tensor, "seq hidden"]
     """The policy's last hidden state, after its final norm: times the policy's head it gives the logits of the next
     token."""
-    response_mask: Bool[Tensor, " seq"]
+    response_mask: Bool[Tensor, "seq"]
     """True where the token was sampled by the policy."""
-    cu_seqlens: Int[Tensor, " sequences+1"]
+    cu_seqlens: Int[Tensor, "sequences+1"]
     """First position of each sequence, and the end of the last."""
 
     def to(self, device: torch.device) -> "PackedFeatures":
@@ -62,13 +62,13 @@ class FrozenPolicy:
     The memory of `embedding` where the policy ties them."""
 
 
-def sequence_numbers(cu_seqlens: Int[Tensor, " sequences+1"], length: int) -> Int[Tensor, " seq"]:
+def sequence_numbers(cu_seqlens: Int[Tensor, "sequences+1"], length: int) -> Int[Tensor, "seq"]:
     """The number of the sequence that each of `length` positions belongs to; padding has the number of sequences."""
     return torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=cu_seqlens.device), right=True)
 
 
 def counted_drafts(
-    response_mask: Bool[Tensor, " seq"], cu_seqlens: Int[Tensor, " sequences+1"], steps: int
+    response_mask: Bool[Tensor, "seq"], cu_seqlens: Int[Tensor, "sequences+1"], steps: int
 ) -> Bool[Tensor, "steps seq"]:
     """Which steps of which anchors count: [i, p] is True where step i of anchor p is one that an engine would verify.
 

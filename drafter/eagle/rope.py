@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, " half_head_dim"]:
+def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, "half_head_dim"]:
     """float32 inverse frequencies in radians per position, with linear or llama3 scaling applied.
 
     `rope` has transformers' names: `rope_theta`, `rope_type`, and what the type needs. The llama3 rule is that of the
@@ -35,8 +35,8 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, " 
 
 def rotate(
     x: Float[Tensor, "heads seq head_dim"],
-    positions: Int[Tensor, " seq"],
-    frequencies: Float[Tensor, " half_head_dim"],
+    positions: Int[Tensor, "seq"],
+    frequencies: Float[Tensor, "half_head_dim"],
 ) -> Float[Tensor, "heads seq head_dim"]:
     """Turn each pair (x[i], x[i + head_dim / 2]) by its position times its frequency."""
     angles = positions[:, None].float() * frequencies.float()

@@ -9,7 +9,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.generation.groups import Group, visit
 from megatron_rl.metrics import Metrics
-from rollout.fleet.requests import RequestKey, go_on, join, key_of
+from rollout.fleet.requests import RequestKey, continue_from, join_rollouts, key_of
 from rollout.types import Rollout, RolloutRequest, TokenSource
 
 
@@ -59,13 +59,13 @@ class Pool:
             if request.sample_index not in group.rollouts
         ]
         begun = ((request, self.begun.get(key_of(request))) for request in left)
-        return [request if rollout is None else go_on(request, rollout) for request, rollout in begun]
+        return [request if rollout is None else continue_from(request, rollout) for request, rollout in begun]
 
     def add(self, rollout: Rollout) -> None:
         """Take what the fleet gave for one of `requests()`: its end, or as far as it has come."""
         key = key_of(rollout)
         if (beginning := self.begun.pop(key, None)) is not None:
-            rollout = join(beginning, rollout)
+            rollout = join_rollouts(beginning, rollout)
         if rollout.finish_reason == "unfinished":
             self.begun[key] = rollout
         else:

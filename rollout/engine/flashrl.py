@@ -45,8 +45,10 @@ log = logging.getLogger(__name__)
 class DropIn:
     """What the variables ask for."""
 
-    quantization: str  # as `rollout.quantization`
-    profile: str | None  # as `rollout.quantization_profile`
+    quantization: str
+    """As `rollout.quantization`."""
+    profile: str | None
+    """As `rollout.quantization_profile`."""
     exact_logprobs: bool
     lm_head_fp32: bool
     test_reload: bool
@@ -58,7 +60,7 @@ class DropIn:
         """Read the variables; None when none of them is set (or all are empty).
 
         Raises:
-            ConfigError: for a value that means nothing.
+            ConfigError: for a value that is not understood.
         """
         given = {name: environment[name] for name in VARIABLES if environment.get(name)}
         if not given:
@@ -145,11 +147,11 @@ class DropIn:
 
 
 def install_drop_in() -> None:
-    """Let the variables act on this process; without them nothing happens.
+    """Apply the variables to this process; without them nothing happens.
 
     Raises:
         ConfigError: for a wrong value.
-        RuntimeError: for a vLLM version that is not among the tested.
+        RuntimeError: the installed vLLM is not among the tested versions.
     """
     settings = DropIn.from_environment(os.environ)
     if settings is None:
@@ -167,7 +169,7 @@ def install_drop_in() -> None:
 
 
 def renew_heads(worker: Any) -> None:
-    """After an update: on CPU an output layer that is the embedding multiplies with a copy, which vLLM forgets."""
+    """After an update: on CPU an output layer that is the embedding multiplies with a copy that vLLM does not renew."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
 
@@ -179,7 +181,7 @@ def renew_heads(worker: Any) -> None:
 
 @torch.inference_mode()
 def check_reload(worker: Any) -> None:
-    """Load a vLLM worker's weights once more, and compare every tensor and what every layer makes of an input.
+    """Load a vLLM worker's weights once more, and compare every tensor and every layer's output for a fixed input.
 
     Raises:
         ConfigError: when the weights do not come from disk.

@@ -1,9 +1,9 @@
 """Online quantization inside vLLM: weights arrive in training precision and become int8 or fp8 layer by layer.
 
-INT8 is W8A8: symmetric, with one scale per output channel of a weight and one per token of the activations, both fresh
-(`amax / 127`). It is a sibling of vLLM's online FP8 methods and lives on the same hooks: weights are declared on the
-meta device, and vLLM's layerwise reload materializes a layer, loads it, calls `process_weights_after_loading` and
-copies the result to where the old one was. So one layer at a time exists in both precisions.
+INT8 is W8A8: symmetric, with one scale per output channel of a weight and one per token of the activations, computed
+anew each time (`amax / 127`). Like vLLM's online FP8 methods it declares weights on the meta device; vLLM's layerwise
+reload materializes a layer, loads it, calls `process_weights_after_loading` and copies the result over the old one. So
+one layer at a time exists in both precisions.
 """
 
 import logging
@@ -33,8 +33,10 @@ from rollout.quantization.whole_layers import load_whole_layers_only
 # What vLLM calls the values of `rollout.quantization`. It has no method for linear layers of the first kind.
 _INT8 = "int8_per_channel_static"
 _WEIGHTS = {"int8": _INT8, "fp8": "fp8_per_tensor", "fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
-_PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer; a reload takes it off
-_ELEMENTS = 2**24  # of a weight that are quantized at a time on GPUs, where float32 copies of it all may not fit
+_PROCESSED = "_already_called_process_weights_after_loading"
+"""vLLM's mark on a layer; a reload removes it."""
+_ELEMENTS = 2**24
+"""Elements of a weight that are quantized at a time on GPUs, where a float32 copy of all of it may not fit."""
 log = logging.getLogger(__name__)
 
 
@@ -98,8 +100,10 @@ class Int8LinearMethod(OnlineLinearBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a float32 scale per output channel.
 
-        A smoothed layer also gets `factors`, [in] float32, for its activations. Raises ConfigError when the smoothing
-        is of another size than the layer.
+        A smoothed layer also gets `factors`, [in] float32, for its activations.
+
+        Raises:
+            ConfigError: the smoothing has another size than the layer.
         """
         if getattr(layer, _PROCESSED, False):
             return
@@ -120,7 +124,7 @@ class CpuKernel:
     """`rollout.quantization.int8` on a vLLM layer."""
 
     def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
-        """Quantize and pack the layer's weight, [out, in]; its place takes what a `PackedWeight` holds."""
+        """Quantize and pack the layer's weight, [out, in], and replace it by the parts of a `PackedWeight`."""
         weight = int8.PackedWeight.empty(*layer.weight.shape)
         rounding = weight.fill(layer.weight, smoothing, clip)
         replace_parameter(layer, "weight", weight.packed)
@@ -147,7 +151,7 @@ class GpuKernel:
         )
 
     def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
-        """Quantize the layer's weight, [out, in], and bring it into the kernel's order."""
+        """Quantize the layer's weight, [out, in], and convert it to the kernel's layout."""
         weight = layer.weight
         levels = torch.empty_like(weight, dtype=torch.int8)
         scales = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)

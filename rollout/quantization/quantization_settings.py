@@ -1,7 +1,7 @@
-"""How vLLM is told which weights to quantize; `rollout.quantization.online` is what then runs in its workers.
+"""Options that make vLLM quantize weights; `rollout.quantization.online` then runs in its workers.
 
-The settings travel where those of a quantized checkpoint would, in the model's configuration, so that each of vLLM's
-processes has them.
+The settings travel in the model's configuration, like those of a quantized checkpoint, so that each of vLLM's processes
+has them.
 """
 
 import hashlib
@@ -19,9 +19,17 @@ METHOD = "megatron_rl"  # name in vLLM's quantization registry
 def quantization_arguments(config: Config, engine: int, model_path: str, dtype: str) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` for the engine's entry of `rollout.quantization` and for `rollout.lm_head_fp32`.
 
-    Empty when both are off. `dtype` is that of the engine's activations; an output layer is float32 anyway in a float32
-    engine. Raises ConfigError for a wrong entry in `rollout.quantization_skip` and a wrong
-    `rollout.quantization_profile`, which the engines of its precision follow.
+    Empty when both are off.
+
+    Args:
+        config: the experiment.
+        engine: index of the engine in the fleet.
+        model_path: folder of the policy.
+        dtype: of the engine's activations; in a float32 engine the output layer is float32 anyway.
+
+    Raises:
+        ConfigError: an entry of `rollout.quantization_skip`, or the file `rollout.quantization_profile`, which the
+            engines of its precision follow, is wrong.
     """
     rollout = config.rollout
     precision = rollout.precisions[engine]
@@ -40,9 +48,17 @@ def quantization_arguments(config: Config, engine: int, model_path: str, dtype: 
 def method_settings(
     kind: str, layers: int, skip: Sequence[str], profile: str | None, lm_head_fp32: bool
 ) -> dict[str, Any]:
-    """The `quantization_config` that `RolloutQuantization` reads, for a model with so many decoder layers.
+    """The `quantization_config` that `RolloutQuantization` reads.
 
-    `kind`, `skip` and `profile` are as the keys of `rollout`. Raises ConfigError as `quantization_arguments` does.
+    Args:
+        kind: as `rollout.quantization`.
+        layers: number of decoder layers of the model.
+        skip: as `rollout.quantization_skip`.
+        profile: as `rollout.quantization_profile`.
+        lm_head_fp32: as `rollout.lm_head_fp32`.
+
+    Raises:
+        ConfigError: as `quantization_arguments` does.
     """
     patterns = skip_patterns(skip, layers)
     settings = {"quant_method": METHOD, "kind": kind, "lm_head_fp32": lm_head_fp32, "profile": None}

@@ -9,20 +9,11 @@ import pytest
 
 from megatron_rl.config import ConfigError
 from rollout.speculation.acceptance_model import AcceptanceModel
-from rollout.speculation.bandit import (
-    PLAIN,
-    TRIALS,
-    Arm,
-    Controller,
-    EpsilonGreedyController,
-    StaticController,
-    Step,
-    ThompsonController,
-    bucket_of,
-    make_arms,
-    make_controller,
-)
+from rollout.speculation.arms import PLAIN, Arm, Controller, Step, bucket_of, make_arms
+from rollout.speculation.bandit import StaticController, make_controller
+from rollout.speculation.epsilon_greedy import EpsilonGreedyController
 from rollout.speculation.latency_model import LatencyModel
+from rollout.speculation.thompson import TRIALS, ThompsonController
 
 ARMS = make_arms(["ngram"], 8)
 
