@@ -1,8 +1,8 @@
-"""What the head learns from: rows of packed sequences with the policy's hidden states, and which drafts in them count.
+"""Training data of the head: rows of packed sequences with the policy's hidden states, and which drafts in them count.
 
 Terms used in this package. A row holds several sequences, one after the other, and perhaps padding at its end. A draft
 starts at an *anchor*, position p: the policy's features up to p and the token p + 1, just sampled, are known. Step i
-(from 0) of the draft is fed token p + 1 + i and proposes token p + 2 + i, which the policy itself predicts from its
+(from 0) of the draft reads token p + 1 + i and proposes token p + 2 + i, which the policy itself predicts from its
 hidden state at p + 1 + i, the *target position* of that step.
 """
 
@@ -74,6 +74,11 @@ def counted_drafts(
 
     The engine drafts after it sampled a token, so token p + 1 has to be a response token, and so has every token up to
     p + 2 + i, the proposed one, in the same sequence. Nothing crosses into the next sequence or into padding.
+
+    Args:
+        response_mask: True where the token was sampled by the policy.
+        cu_seqlens: first position of each sequence, and the end of the last.
+        steps: draft tokens per anchor.
     """
     length = len(response_mask)
     number = sequence_numbers(cu_seqlens, length)
@@ -95,7 +100,7 @@ def counted_drafts(
 def to_target_positions(by_anchor: Tensor) -> Tensor:
     """[steps, seq, ...] indexed by anchor -> the same indexed by target position: [i, p] moves to [i, p + 1 + i].
 
-    What leaves the row comes in again at its other end; such steps never count.
+    Values that leave the row wrap around to its other end; such steps never count.
     """
     return torch.stack([values.roll(1 + step, dims=0) for step, values in enumerate(by_anchor)])
 

@@ -41,7 +41,8 @@ def choose_vocabulary(
         always: ids to take whatever their counts are: the end of sequence and other special tokens.
 
     Raises:
-        ValueError: more tokens asked for than there are, or than fit; an id of `always` outside the vocabulary.
+        ValueError: `draft_vocab_size` or the number of special tokens is too large, or an id of `always` is outside the
+            vocabulary.
     """
     vocab_size = len(token_counts)
     special = sorted(set(always))

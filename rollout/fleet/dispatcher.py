@@ -53,9 +53,10 @@ class Dispatcher:
     """Hands requests to engines and collects rollouts; an engine that dies is restarted and gets its requests again."""
 
     def __init__(self, engines: Sequence[EngineState], restart: Callable[[int], None]) -> None:
-        """Args:
-        engines: of the fleet.
-        restart: engine index -> replace a dead engine; raises RuntimeError when it has died too often.
+        """
+        Args:
+            engines: of the fleet.
+            restart: engine index -> replace a dead engine; raises RuntimeError when it has died too often.
         """
         self._engines, self._restart = engines, restart
         self.counts = PrecisionCounts()

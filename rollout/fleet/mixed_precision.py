@@ -31,9 +31,10 @@ class LongestResponses:
     """
 
     def __init__(self, total: int, size: int) -> None:
-        """Args:
-        total: responses that will be added.
-        size: most responses that are finished elsewhere; positive and smaller than `total`.
+        """
+        Args:
+            total: responses that will be added.
+            size: most responses that are finished elsewhere; positive and smaller than `total`.
         """
         self._pending, self._size = total, size
         self._longest: list[tuple[float, int, Rollout]] = []  # a heap; the number settles ties

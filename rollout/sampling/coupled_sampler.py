@@ -82,11 +82,12 @@ class DraftNoise:
         positions: Int[Tensor, "batch"],
         vocab_limit: int | None,
     ) -> None:
-        """Args:
-        seeds: int64.
-        temperature: float32.
-        positions: int64, of the input token of each request's next row.
-        vocab_limit: token ids from this one on are never drafted.
+        """
+        Args:
+            seeds: int64.
+            temperature: float32.
+            positions: int64, of the input token of each request's next row.
+            vocab_limit: token ids from this one on are never drafted.
         """
         self._seeds, self._temperature, self._positions = seeds, temperature, positions
         self._vocab_limit = vocab_limit

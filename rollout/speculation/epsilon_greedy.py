@@ -60,11 +60,12 @@ class EpsilonGreedyController:
     """
 
     def __init__(self, arms: Sequence[Arm], epsilon: float = 0.03, window: int = WINDOW, seed: int = 0) -> None:
-        """Args:
-        arms: to choose among, `PLAIN` included.
-        epsilon: probability of a random arm at a decision.
-        window: steps per bucket and arm that the rate is taken over.
-        seed: of the random choices.
+        """
+        Args:
+            arms: to choose among, `PLAIN` included.
+            epsilon: probability of a random arm at a decision.
+            window: steps per bucket and arm that the rate is taken over.
+            seed: of the random choices.
 
         Raises:
             ConfigError: when `arms` lacks `PLAIN` or repeats an arm, or for epsilon outside [0, 1].

@@ -42,8 +42,9 @@ class LatencyModel:
     """
 
     def __init__(self, serial: bool = False) -> None:
-        """Args:
-        serial: the drafter makes one token after the other.
+        """
+        Args:
+            serial: the drafter makes one token after the other.
         """
         self._serial = serial
         self._cells: dict[Cell, deque[Measured]] = {}

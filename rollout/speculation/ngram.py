@@ -80,9 +80,10 @@ class NgramDrafter:
     """Keeps what requests have seen and generated, and drafts from it. For use by one thread."""
 
     def __init__(self, max_draft_tokens: int, max_bytes: int) -> None:
-        """Args:
-        max_draft_tokens: per request and call.
-        max_bytes: bound of the memory of the counts; the oldest are forgotten.
+        """
+        Args:
+            max_draft_tokens: per request and call.
+            max_bytes: bound of the memory of the counts; the oldest are forgotten.
 
         Raises:
             RuntimeError: the native library is not built.

@@ -17,9 +17,10 @@ class NgramRequests:
     """Numbers the requests for the drafter, and tracks which of their tokens it has."""
 
     def __init__(self, max_draft_tokens: int, max_bytes: int) -> None:
-        """Args:
-        max_draft_tokens: per request and step.
-        max_bytes: memory of the n-gram counts.
+        """
+        Args:
+            max_draft_tokens: per request and step.
+            max_bytes: memory of the n-gram counts.
         """
         self._drafter = NgramDrafter(max_draft_tokens, max_bytes)
         self._started = 0

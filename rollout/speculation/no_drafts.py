@@ -7,8 +7,9 @@ class NoDrafts:
     """Proposes nothing."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Args:
-        vllm_config: what vLLM passes to every proposer.
+        """
+        Args:
+            vllm_config: what vLLM passes to every proposer.
         """
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

@@ -36,9 +36,10 @@ class ThompsonController:
     """
 
     def __init__(self, arms: Sequence[Arm], seed: int = 0) -> None:
-        """Args:
-        arms: to choose among, `PLAIN` included.
-        seed: of the draws from the predictions' uncertainty.
+        """
+        Args:
+            arms: to choose among, `PLAIN` included.
+            seed: of the draws from the predictions' uncertainty.
 
         Raises:
             ConfigError: when `arms` lacks `PLAIN` or repeats an arm.
