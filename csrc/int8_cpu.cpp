@@ -1,5 +1,5 @@
 // Linear layers in W8A8 on CPUs with AVX-512 VNNI: weights are quantized and packed in one pass, and a product
-// quantizes its rows itself. Interface and rules are documented in rollout/quantization/int8.py, beside a reference in PyTorch.
+// quantizes its rows itself. Interface and rules are documented in rollout/quantization/int8.py, beside a reference.
 //
 // A packed weight is a sequence of blocks of 64 output channels; within a block, four consecutive inputs of all 64
 // channels follow one another, as the instruction `vpdpbusd` wants them. That instruction multiplies unsigned by signed

@@ -3,8 +3,8 @@
 // Every token of every sequence is counted as "what follows" each of its contexts, the last n tokens for a few orders n,
 // once among the sequences of its group (the samples of one prompt, and that prompt) and once among all. A draft walks
 // these counts: at each position it takes the continuation whose evidence has been right most often. How often evidence
-// of each kind (order, count, agreement) was right is learned by comparing every draft with the tokens that were emitted,
-// whether or not the draft was verified.
+// of each kind (order, count, agreement) was right is learned by comparing every draft with the tokens that were
+// emitted, whether or not the draft was verified.
 //
 // Contexts are kept by a 64-bit hash in two generations of bounded size: when the young one is full it becomes the old
 // one and the oldest counts are forgotten. A hash collision costs a wrong draft, which verification rejects.
