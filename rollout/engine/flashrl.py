@@ -26,7 +26,7 @@ from torch.nn import Module
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.quantization import read_quantization_file
-from rollout.quantization.quantization_settings import METHOD, method_settings
+from rollout.quantization.quantization_settings import METHOD, QuantizationSettings
 
 CONFIG = "FLASHRL_CONFIG"
 LM_HEAD_FP32 = "FLASHRL_LMHEAD_FP32"
@@ -141,9 +141,9 @@ class DropIn:
         if "quantization_config" in hf:
             raise ConfigError(f"{source} needs an unquantized model, but {arguments.model} is quantized already.")
         layers = int(hf.get("text_config", hf)["num_hidden_layers"])
-        settings = method_settings(self.quantization, layers, [], self.profile, self.lm_head_fp32)
+        settings = QuantizationSettings.for_model(self.quantization, layers, [], self.profile, self.lm_head_fp32)
         arguments.quantization = METHOD
-        arguments.hf_overrides = arguments.hf_overrides | {"quantization_config": settings}
+        arguments.hf_overrides = arguments.hf_overrides | {"quantization_config": settings.to_vllm()}
 
 
 def install_drop_in() -> None:

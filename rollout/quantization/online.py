@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from megatron_rl.config.quantization import is_skipped
 from rollout.quantization import int8
 from rollout.quantization.calibration_file import NOT_CALIBRATED, Calibration, LayerCalibration
-from rollout.quantization.quantization_settings import METHOD
+from rollout.quantization.quantization_settings import METHOD, QuantizationSettings
 from rollout.quantization.whole_layers import load_whole_layers_only
 
 # What vLLM calls the values of `rollout.quantization`. It has no method for linear layers of the first kind.
@@ -43,12 +43,13 @@ log = logging.getLogger(__name__)
 class RolloutQuantization(OnlineQuantizationConfig):
     """vLLM's online quantization with int8 for linear layers, layers left out by name, and a float32 output layer."""
 
-    def __init__(self, kind: str, skip: list[str], lm_head_fp32: bool, profile: str | None) -> None:
+    def __init__(self, settings: QuantizationSettings) -> None:
+        kind = settings.kind
         super().__init__(
             QuantizationConfigArgs(targets={}) if kind == "none" else QuantizationConfigArgs(linear=_WEIGHTS[kind])
         )
-        self._kind, self._skip, self._lm_head_fp32 = kind, skip, lm_head_fp32
-        self._calibration = None if profile is None else Calibration(profile)
+        self._settings = settings
+        self._calibration = None if settings.profile is None else Calibration(settings.profile)
 
     @classmethod
     def get_name(cls) -> str:
@@ -60,19 +61,19 @@ class RolloutQuantization(OnlineQuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RolloutQuantization":
-        return cls(config["kind"], config["skip"], config["lm_head_fp32"], config["profile"])
+        return cls(QuantizationSettings.from_vllm(config))
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            return Float32HeadMethod() if self._lm_head_fp32 else None
+            return Float32HeadMethod() if self._settings.lm_head_fp32 else None
         if not isinstance(layer, LinearBase):
             return None
         names = self._checkpoint_names(prefix)
-        if self._kind == "none":
+        if self._settings.kind == "none":
             return UnquantizedLinearMethod()
-        if is_skipped(names, self._skip):
+        if is_skipped(names, self._settings.skip):
             return load_whole_layers_only(UnquantizedLinearMethod(), names, quantizes=False)
-        if self._kind != "int8":
+        if self._settings.kind != "int8":
             return load_whole_layers_only(super().get_quant_method(layer, prefix), names, quantizes=True)
         calibration = NOT_CALIBRATED if self._calibration is None else self._calibration.of_layer(prefix)
         if calibration.skip is not None:

@@ -100,8 +100,8 @@ def test_what_is_left_of_an_earlier_response_goes_along(source: TokenSource) -> 
 
 def test_prompts_are_dealt_by_their_place_in_the_list() -> None:
     backlog = deal(make_requests(5, samples=2), ["int8", "none", "int8"])
-    places = {name: [group[0].prompt_id for group in groups] for name, groups in backlog.items()}
-    assert places == {"int8": ["p0", "p2", "p3"], "none": ["p1", "p4"]}
+    dealt = {name: [group[0].prompt_id for group in groups] for name, groups in backlog.items()}
+    assert dealt == {"int8": ["p0", "p2", "p3"], "none": ["p1", "p4"]}
     assert all(len(group) == 2 for groups in backlog.values() for group in groups)
 
 
@@ -185,7 +185,7 @@ def test_a_restarted_engine_keeps_its_precision(mixed: RolloutFleet, model: Path
     assert Counter(r.precisions[0][0] for r in rollouts) == {"none": len(REQUESTS) // 2, "int8": len(REQUESTS) // 2}
 
 
-def test_a_response_that_was_begun_elsewhere_goes_on_as_if_it_had_stayed(mixed: RolloutFleet) -> None:
+def test_a_response_that_was_begun_elsewhere_continues_as_if_it_had_not_moved(mixed: RolloutFleet) -> None:
     whole = {(r.prompt_id, r.sample_index): r for r in alone(mixed, "none")}
     requests = [request for request in REQUESTS if len(whole[request.prompt_id, request.sample_index].token_ids) > 7]
     partial = [replace(r, partial_ids=whole[r.prompt_id, r.sample_index].token_ids[:7]) for r in requests]
@@ -196,7 +196,7 @@ def test_a_response_that_was_begun_elsewhere_goes_on_as_if_it_had_stayed(mixed: 
         assert rest.finish_reason == expected.finish_reason
 
 
-def test_a_minimum_length_counts_what_was_begun() -> None:
+def test_a_minimum_length_counts_the_partial_response() -> None:
     engine = RolloutEngine({}, sampling={"min_tokens": 8, "top_k": 5})
     assert [engine._sampling_after(tokens) for tokens in (0, 5, 20)] == [
         {"min_tokens": left, "top_k": 5} for left in (8, 3, 0)

@@ -23,7 +23,7 @@ def test_no_two_engines_share_a_gpu(tp_size: int, engines: int) -> None:
     assert {node for node, _ in assigned} == {0, 1}
 
 
-def test_an_engine_is_told_its_node_and_its_gpus() -> None:
+def test_an_engine_gets_its_node_and_its_gpus() -> None:
     strategy, variables = options_on_shared_gpus(3, 2, GPUS, nodes("10.0.0.9", "10.0.0.2", "10.0.0.1"))
     assert strategy.node_id == b"10.0.0.2".hex().zfill(56) and not strategy.soft
     assert variables["CUDA_VISIBLE_DEVICES"] == "2,3"

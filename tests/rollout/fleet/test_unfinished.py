@@ -1,4 +1,4 @@
-"""A generation that is stopped in the middle goes on later, and the responses are what they would have been."""
+"""A generation that is stopped in the middle is continued later, and the responses are what they would have been."""
 
 from collections.abc import Iterator
 from pathlib import Path

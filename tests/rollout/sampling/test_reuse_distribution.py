@@ -1,7 +1,7 @@
 """After an update of the policy, reused responses follow the new policy exactly with the coupled rule.
 
-With the vanilla rule (lenience 0) they do not, which shows that the test can see it: SPEC-RL's rule draws anew from the
-new policy where a token was rejected, not from what the old policy had too little of.
+With SPEC-RL's rule (lenience 0) they do not, which shows that the test can fail: where a token is rejected, that rule
+samples from the new policy, and not from the tokens that the old policy gave too little probability.
 """
 
 import pytest
@@ -99,7 +99,7 @@ def test_a_token_is_kept_with_the_chance_of_the_rule(lenience: float) -> None:
         assert torch.equal(tokens[kept].long(), earlier[kept, : drafts + 1])
         now = log_probs(new, earlier)
         torch.testing.assert_close(logprobs[kept], now[kept, : drafts + 1], atol=1e-5, rtol=0)
-        # What comes in the place of a rejected token is drawn from the new policy, which may draw the same token.
+        # What replaces a rejected token is sampled from the new policy, which may draw the same token.
         fresh = tokens[reached & ~kept, drafts].long()
         expected = new.softmax(-1)[before[reached & ~kept, drafts]].mean(0)
         assert len(fresh) > 50

@@ -340,12 +340,12 @@ def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path,
         rejection = generate(engine, requests)
     coupled = generate(engines["drafting"], requests)
     assert any(TokenSource.DRAFT in rollout.sources for rollout in rejection)
-    for place in range(3):
+    for position in range(3):
         counts = torch.zeros(2, VOCAB_LIMIT)
         for row, rollouts in enumerate((rejection, coupled)):
             for rollout in rollouts:
-                if len(rollout.token_ids) > place:
-                    counts[row, rollout.token_ids[place]] += 1
+                if len(rollout.token_ids) > position:
+                    counts[row, rollout.token_ids[position]] += 1
         often = counts.sum(0) >= 16
         pooled = torch.cat([counts[:, often], counts[:, ~often].sum(1, keepdim=True)], dim=1)
         mean = pooled.sum(0) / pooled.sum() * pooled.sum(1, keepdim=True)

@@ -50,7 +50,7 @@ def test_settings_follow_the_experiment(tmp_path: Path) -> None:
         ({"seed": None}, r"has a missing or unknown key: seed"),
     ],
 )
-def test_settings_that_nobody_understands_are_refused(change: dict[str, Any], message: str) -> None:
+def test_settings_with_wrong_keys_or_values_are_refused(change: dict[str, Any], message: str) -> None:
     values = SETTINGS.to_vllm()[SETTINGS_KEY] | change
     values = {name: value for name, value in values.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
