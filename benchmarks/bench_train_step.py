@@ -11,6 +11,7 @@ import torch
 
 from _common import finish, measure, parse_arguments
 from _model import Bench, build, long_tailed_lengths, requests
+from megatron_rl.algorithms import load_algorithm
 from megatron_rl.trainer.batch import Batch, with_values
 
 MODEL = {"hidden_size": 192, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32, "ffn_hidden_size": 512}
@@ -57,7 +58,11 @@ def main() -> None:
     try:
         gap_mean, gap_max, gap_tokens = logprob_gap(bench, prompts=8 if arguments.quick else 32)
         packed, padded = packed_and_padded(48 if arguments.quick else 256)
-        cases = {"packing": lambda: bench.trainer.update(packed), "padding": lambda: bench.trainer.update(padded)}
+        algorithm = load_algorithm(bench.config.algorithm)
+        cases = {
+            "packing": lambda: bench.trainer.update(packed, algorithm),
+            "padding": lambda: bench.trainer.update(padded, algorithm),
+        }
         seconds = measure(cases, repetitions=3 if arguments.quick else 7)
     finally:
         bench.close()

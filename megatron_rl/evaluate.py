@@ -11,7 +11,6 @@ from rich.table import Table
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.evaluation.evaluation_settings import settings
 from megatron_rl.evaluation.evaluator import Evaluator, HeldoutSet, load_set
@@ -22,8 +21,8 @@ from megatron_rl.observability.benchmark_results import environment
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import begin
 from megatron_rl.rewards.score import Scorer
+from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
-from megatron_rl.trainer.weight_sync import WeightSync
 from rollout.fleet.fleet import RolloutFleet
 
 if TYPE_CHECKING:
@@ -49,27 +48,21 @@ def run(config: Config) -> None:
     start = begin(config, runtime)
     policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
     coordinator = Coordinator(runtime)
-    environment = engine_environment(config, start.vocab_limit)
     sets: list[HeldoutSet] = []
-    fleet = None
     if runtime.is_driver:
         sets = [load_set(spec, config, start.tokenizer) for spec in config.data.eval]
         console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")
-        fleet = RolloutFleet(config, environment, config.model.path, on_restart=lambda engine: sync.restore(engine))
-    weights = PolicyWeights(policy.model, start.arch)
-    sync = WeightSync(config, runtime, weights, environment.weight_sync, fleet, coordinator)
+    fleet = start_fleet(config, runtime, coordinator, start.vocab_limit)
     try:
-        sync.sync(STEP)
+        fleet.connect(PolicyWeights(policy.model, start.arch)).sync(STEP)
 
         def evaluate() -> None:
-            assert fleet is not None
-            publish(evaluate_sets(config, start.tokenizer, sets, fleet, console), Path(config.run_dir))
+            assert fleet.engines is not None
+            publish(evaluate_sets(config, start.tokenizer, sets, fleet.engines, console), Path(config.run_dir))
 
         coordinator.drive(evaluate)
     finally:
-        sync.shutdown()
-        if fleet is not None:
-            fleet.shutdown()
+        fleet.shutdown()
     shutdown()
 
 

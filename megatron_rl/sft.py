@@ -11,7 +11,6 @@ from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.scratch import make_scratch_model
-from megatron_rl.models.weights import export_hf
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.preflight import begin
@@ -47,7 +46,7 @@ def run(config: Config) -> None:
     if start.resumed:
         load_checkpoint(trainer, config.run_dir, start.resumed)
     _loop(trainer, prompts, responses, start.resumed)
-    export_hf(trainer.weights, config.model.path, Path(config.run_dir) / "hf")
+    trainer.export_hf(Path(config.run_dir) / "hf")
     shutdown()
 
 

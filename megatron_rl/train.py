@@ -13,6 +13,7 @@ from megatron_rl.experiment import Experiment
 from megatron_rl.metrics import Metrics
 from megatron_rl.trainer.batch import Batch, with_values
 from megatron_rl.trainer.schedule import is_due
+from megatron_rl.trainer.trainer import UpdateResult
 
 
 def run(config: Config) -> None:
@@ -80,22 +81,21 @@ def train_step(experiment: Experiment, step: int) -> Metrics:
     if experiment.critic is not None:
         with clock.phase("critic_update"), experiment.progress("training the critic") as progress:
             criticism = experiment.critic.update(batch, progress)
-    update: Metrics | None = None
+    update: UpdateResult | None = None
     if experiment.trains_policy(step):
         with clock.phase("update"), experiment.progress("training") as progress:
-            update = trainer.update(batch, progress)
-        batch = with_values(batch, old_logprobs=trainer.old_logprobs)
+            update = trainer.update(batch, experiment.algorithm, progress)
+        batch = with_values(batch, old_logprobs=update.old_logprobs)
 
     with clock.phase("weight_sync"):
         experiment.pause_generation()
         sync = experiment.weight_sync.sync(step)
 
-    drafts = experiment.train_drafter(batch, step)
+    drafts = experiment.train_drafter(batch, step, scored.metrics)
 
-    return experiment.step_metrics(scored.rollouts, batch, update, sync) | criticism | drafts
+    return experiment.step_metrics(scored, batch, update) | sync | criticism | drafts
 
 
 def evaluate(experiment: Experiment, step: int) -> Metrics:
-    """Accuracy on the held-out sets that are due, measured by the fleet; the metrics on the driver."""
-    experiment.coordinator.drive(lambda: experiment.generator.evaluate(step))
-    return experiment.generator.metrics if experiment.runtime.is_driver else {}
+    """Accuracy on the held-out sets that are due, measured by the fleet; the metrics on every rank."""
+    return experiment.coordinator.drive(lambda: experiment.generator.evaluate(step))

@@ -23,10 +23,15 @@ def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems == {"torch", "megatron-core", "transformers", "vLLM", "ray"}
 
 
-@pytest.mark.parametrize(("installed", "state"), [("0.16.1", "ok"), ("0.16.12", "note"), ("0.17.0", "note")])
-def test_an_untested_version_is_a_note(monkeypatch: pytest.MonkeyPatch, installed: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("installed", "state"),
+    [("0.15.3", "problem"), ("0.16.1", "ok"), ("0.16.12", "note"), ("0.17.0", "note"), ("0.20.0", "problem")],
+)
+def test_an_untested_version_is_a_note_and_an_unsupported_one_a_problem(
+    monkeypatch: pytest.MonkeyPatch, installed: str, state: str
+) -> None:
     monkeypatch.setattr(doctor, "package_version", lambda name: installed)
-    assert doctor.required("megatron-core").state == state
+    assert doctor.megatron_core().state == state
 
 
 def test_two_builds_of_vllm_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,4 +102,4 @@ def test_no_file_name_stands_twice_in_the_product() -> None:
         check=True,
     )
     names = Counter(Path(file).name for file in listed.stdout.split() if (ROOT / file).exists())
-    assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "README.md"}
+    assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "README.md", "py.typed"}

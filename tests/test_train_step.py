@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.algorithms import load_algorithm, needs_critic
+from megatron_rl.algorithms import TokenCorrection, load_algorithm, needs_critic
+from megatron_rl.clock import Clock
 from megatron_rl.config import Config
-from megatron_rl.experiment import Clock, Experiment
+from megatron_rl.experiment import Experiment
 from megatron_rl.generation.generator import ScoredRollouts
 from megatron_rl.train import train_step
 from megatron_rl.trainer.batch import Batch
+from megatron_rl.trainer.trainer import UpdateResult
 from rollout.types import Rollout
 
 
@@ -32,12 +34,11 @@ class FixedExperiment:
         scored = ScoredRollouts(rollouts, [1.0, -2.0])
         self.generator = SimpleNamespace(training_rollouts=lambda step: scored)
         self.coordinator = SimpleNamespace(drive=lambda call: call())
-        self.trainer = SimpleNamespace(logprobs=fixed(-1, -1, -1, -1), update=self._learns("policy"))
-        self.trainer.old_logprobs = torch.full((4,), -1.5)  # what the update finds
+        self.trainer = SimpleNamespace(logprobs=fixed(-1, -1, -1, -1), update=self._update_policy)
         self.reference = SimpleNamespace(logprobs=fixed(-1.2, -0.6, -1, -2))
         self.critic = None
         if needs_critic(self.config.algorithm):
-            self.critic = SimpleNamespace(values=fixed(0.5, 0.4, 0.2, 0.3), update=self._learns("critic"))
+            self.critic = SimpleNamespace(values=fixed(0.5, 0.4, 0.2, 0.3), update=self._update_critic)
         self.weight_sync = SimpleNamespace(sync=lambda step: {})
         self.learned: dict[str, Batch] = {}
         """The batch that each model learned from."""
@@ -45,12 +46,16 @@ class FixedExperiment:
     def pause_generation(self) -> None:
         """Nothing generates."""
 
-    def _learns(self, name: str) -> Any:
-        def update(batch: Batch, progress: Any) -> dict[str, float]:
-            self.learned[name] = batch
-            return {f"{name}/loss": 1.0}
+    def _update_policy(self, batch: Batch, algorithm: Any, progress: Any) -> UpdateResult:
+        assert algorithm is self.algorithm
+        self.learned["policy"] = batch
+        kept = torch.ones(4, dtype=torch.bool)
+        correction = TokenCorrection(torch.ones(4), kept, ~kept, torch.zeros(2, dtype=torch.bool))
+        return UpdateResult({"policy/loss": 1.0}, correction, old_logprobs=torch.full((4,), -1.5))
 
-        return update
+    def _update_critic(self, batch: Batch, progress: Any) -> dict[str, float]:
+        self.learned["critic"] = batch
+        return {"critic/loss": 1.0}
 
     def progress(self, name: str) -> Any:
         return contextlib.nullcontext()
@@ -58,12 +63,12 @@ class FixedExperiment:
     def feeding_drafter(self, batch: Batch, step: int) -> Any:
         return contextlib.nullcontext()
 
-    def train_drafter(self, batch: Batch, step: int) -> dict[str, float]:
+    def train_drafter(self, batch: Batch, step: int, rollout_metrics: Any) -> dict[str, float]:
         return {}
 
-    def step_metrics(self, rollouts: Any, batch: Batch, update: Any, sync: Any) -> dict[str, float]:
+    def step_metrics(self, scored: Any, batch: Batch, update: UpdateResult | None) -> dict[str, float]:
         self.reported = batch
-        return update or {}
+        return update.metrics if update is not None else {}
 
 
 def rollout(sample: int, tokens: list[int]) -> Rollout:

@@ -70,10 +70,13 @@ class PolicyLoss:
     """
 
     def __init__(self, settings: AlgorithmConfig) -> None:
-        """Args: settings: the section `algorithm`.
+        """Keep the settings.
+
+        Args:
+            settings: the section `algorithm`.
 
         Raises:
-            ConfigError: when a class of the user's does not like its `settings.options`.
+            ConfigError: when a user's class rejects its `settings.options`.
         """
         self.settings = settings
 

@@ -67,13 +67,11 @@ def kl_estimate(
 ) -> Float[Tensor, "tokens"]:
     """Estimate of KL(new || ref) from tokens that `new` sampled, with `d = new - ref`.
 
-    ========= ==================== ==========================
-    estimator value                gradient
-    ========= ==================== ==========================
-    k1        d                    d * grad(new)
-    k2        d^2 / 2              d * grad(new)
-    k3        exp(-d) - 1 + d      (1 - exp(-d)) * grad(new)
-    ========= ==================== ==========================
+    | estimator | value           | gradient                  |
+    |-----------|-----------------|---------------------------|
+    | k1        | d               | d * grad(new)             |
+    | k2        | d^2 / 2         | d * grad(new)             |
+    | k3        | exp(-d) - 1 + d | (1 - exp(-d)) * grad(new) |
 
     Values: Schulman, "Approximating KL divergence" (2020): k1 and k3 are unbiased, k2 and k3 never negative.
     Gradients: Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", arXiv 2506.09477.

@@ -29,7 +29,7 @@ def final_rewards(rewards: Float[Tensor, "batch"], lengths: Int[Tensor, "batch"]
 
     Args:
         rewards: one per response.
-        lengths: response lengths; the reward of a response of length 0 is nobody's.
+        lengths: response lengths; a response of length 0 has no token to carry its reward.
     """
     tokens = rewards.new_zeros(int(lengths.sum()))
     present = lengths > 0

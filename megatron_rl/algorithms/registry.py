@@ -27,7 +27,7 @@ BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
 
 
 def load_algorithm(settings: AlgorithmConfig) -> PolicyAlgorithm | CriticAlgorithm:
-    """The algorithm that `settings.name` names: built-in, or a class of the user's.
+    """The algorithm that `settings.name` names: built-in, or a user's class.
 
     Raises:
         ConfigError: when there is no such class, it is not an algorithm that can be built, or other settings do not go

@@ -155,8 +155,8 @@ def _check_history(rollout: RolloutConfig) -> None:
         )
     if math.isinf(history.lenience):
         raise ConfigError(
-            f"rollout.history.lenience={history.lenience} is no place for rollout.history.budget to start from; set it "
-            "to a finite number such as 0.5."
+            f"rollout.history.lenience={history.lenience} is not finite, so rollout.history.budget cannot start from "
+            "it; set it to a finite number such as 0.5."
         )
 
 
@@ -203,7 +203,7 @@ def _check_fleet(rollout: RolloutConfig) -> None:
         )
     if rollout.sampler != "coupled":
         raise ConfigError(
-            "rollout.precision_tail goes on with a response's noise in another engine, which rollout.sampler="
+            "rollout.precision_tail continues a response with its noise in another engine, which rollout.sampler="
             f"{rollout.sampler} does not know; use coupled, or set precision_tail to 0."
         )
     for name in ("presence_penalty", "frequency_penalty"):
@@ -273,7 +273,7 @@ def check_overlap(rollout: RolloutConfig, algorithm: AlgorithmConfig, drafter: D
         return
     if algorithm.dynamic_sampling:
         raise ConfigError(
-            f"{setting} has more prompts under way than a step needs, so algorithm.dynamic_sampling="
+            f"{setting} has more prompts in progress than a step needs, so algorithm.dynamic_sampling="
             f"{algorithm.dynamic_sampling} cannot choose among those of one step; set one of them to its "
             "default (algorithm.dynamic_sampling=0)."
         )
@@ -284,7 +284,7 @@ def check_overlap(rollout: RolloutConfig, algorithm: AlgorithmConfig, drafter: D
         )
     if rollout.precision_tail or len(set(rollout.precisions)) > 1:
         raise ConfigError(
-            f"{setting} needs engines of one precision, because a response goes on in any of them; let "
+            f"{setting} needs engines of one precision, because a response may continue in any of them; let "
             f"rollout.quantization={rollout.quantization} be a single value."
         )
     _check_sampling(rollout, setting)
@@ -303,7 +303,7 @@ def check_overlap(rollout: RolloutConfig, algorithm: AlgorithmConfig, drafter: D
 def _check_sampling(rollout: RolloutConfig, setting: str) -> None:
     if rollout.sampler != "coupled":
         raise ConfigError(
-            f"{setting} goes on with a response's noise after new weights, which rollout.sampler={rollout.sampler} "
+            f"{setting} continues a response with its noise after new weights, which rollout.sampler={rollout.sampler} "
             "does not know; set it to coupled."
         )
     for name in ("presence_penalty", "frequency_penalty"):

@@ -2,7 +2,7 @@
 
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one sentence that names the key or file and the remedy.
+    """A user's mistake, reported in one sentence that names the key or file and the remedy.
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """

@@ -94,10 +94,10 @@ class RolloutConfig(Section):
     """Steps by which generation may be ahead of training, so that the two overlap (see `docs/async.md`). 0: none, each
     step's responses are sampled with the newest weights; n: with weights up to n updates older."""
     partial: bool = False
-    """A step begins as soon as enough prompts are answered; responses that are not finished then go on in the next one.
-    Their first tokens are of older weights (see `docs/async.md`)."""
+    """A step begins as soon as enough prompts are answered; responses that are not finished then continue in the next
+    one. Their first tokens are of older weights (see `docs/async.md`)."""
     partial_fraction: PositiveFloat = 0.25
-    """For partial: prompts under way beyond those that a step needs, as a share of `train.prompts_per_step`."""
+    """For partial: prompts in progress beyond those that a step needs, as a share of `train.prompts_per_step`."""
     verify_weights: bool = False
     """After every sync compare checksums of the engines' weights with the trainer's, and stop when they differ."""
     max_restarts: int = Field(3, ge=0)

@@ -78,14 +78,16 @@ def check(spec: str, output: Path, against: Sequence[str], template: str | None)
         ConfigError: naming what to change.
     """
     if split_spec(spec, TRAINING) is None:
-        raise ConfigError(f"{spec!r} is no public training set; there are {', '.join(TRAINING)}, as NAME or NAME=FILE.")
+        raise ConfigError(
+            f"{spec!r} is not a public training set; there are {', '.join(TRAINING)}, as NAME or NAME=FILE."
+        )
     if output.suffix != ".parquet":
         raise ConfigError(f"--output {output} must end in .parquet.")
     if output.exists():
         raise ConfigError(f"--output {output} exists already; choose another file or remove it.")
     for name in against:
         if split_spec(name, EVALUATION) is None:
-            raise ConfigError(f"--against {name!r} is no evaluation set; there are {', '.join(EVALUATION)}.")
+            raise ConfigError(f"--against {name!r} is not an evaluation set; there are {', '.join(EVALUATION)}.")
     if template is not None and PROBLEM not in template:
         raise ConfigError(f"--template {template!r} has no {PROBLEM}, where the problem goes.")
 

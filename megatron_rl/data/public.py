@@ -167,7 +167,7 @@ def read_problems(spec: str, sets: Mapping[str, PublicSet], key: str) -> list[Pr
     """
     parts = split_spec(spec, sets)
     if parts is None:
-        raise ConfigError(f"{key}={spec!r} is no public set; there are {', '.join(sets)}.")
+        raise ConfigError(f"{key}={spec!r} is not a public set; there are {', '.join(sets)}.")
     public = sets[parts[0]]
     try:
         rows = read_rows(parts[1] or public.source, key, public.split)

@@ -9,6 +9,8 @@ from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.distributed.watchdog import WAITING
 
 Result = TypeVar("Result")
+Wait = Callable[[Callable[[], Any]], Any]
+"""Returns what the operation that it is given, which blocks, returns."""
 
 
 class Coordinator:
@@ -19,16 +21,30 @@ class Coordinator:
     """
 
     def __init__(self, runtime: Runtime, enter_phase: Callable[[str], None] = lambda name: None) -> None:
-        """`enter_phase` is told on every rank when it begins to drive, or to wait for the driver."""
+        """Build it on every rank.
+
+        Args:
+            runtime: this process's place.
+            enter_phase: called with the phase when this rank begins to drive, or to wait for the driver.
+        """
         self._runtime, self._enter_phase = runtime, enter_phase
         self._actions: dict[str, Callable[[], None]] = {}
-        self._driving = False
-        self.wait: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
-        """How the other ranks wait for the driver: returns what `operation`, which blocks, returns."""
+        self._driving = self._filled = False
+        self._wait: Wait = lambda operation: operation()
 
     def register(self, name: str, action: Callable[[], None]) -> None:
         """Make `action` known as `name`; to be done on all ranks."""
         self._actions[name] = action
+
+    def fill_waits(self, wait: Wait) -> None:
+        """From now on, this rank's waits for the driver are `wait`'s; to be called once.
+
+        Raises:
+            RuntimeError: when they are filled already.
+        """
+        if self._filled:
+            raise RuntimeError("the waits for the driver are filled already")
+        self._wait, self._filled = wait, True
 
     def drive(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the driver alone and return its (picklable) result on every rank."""
@@ -40,7 +56,7 @@ class Coordinator:
             self._exchange(("result", result))
             return result
         while True:
-            kind, payload = self.wait(lambda: self._exchange(None))
+            kind, payload = self._wait(lambda: self._exchange(None))
             if kind == "result":
                 return payload  # type: ignore[no-any-return]
             self._actions[payload]()

@@ -6,16 +6,13 @@ environment of trainer and engine processes, the layer implementation, where ten
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed import Store
 
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_world_size
-
-if TYPE_CHECKING:
-    pass
+from megatron_rl.megatron_patches import versions
 
 # glibc returns large blocks to the kernel after each step and the page faults dominate small models; keep them instead.
 MALLOC_TUNABLES = (
@@ -37,8 +34,9 @@ def check_device(config: Config) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
-        ConfigError: naming the key and the remedy.
+        ConfigError: naming the key or the package, and the remedy.
     """
+    versions.check()
     if config.model.precision == "fp8" and not has_transformer_engine():
         missing = "Transformer Engine is not installed" if on_gpu() else "this machine has no CUDA device"
         raise ConfigError(
@@ -49,7 +47,7 @@ def check_device(config: Config) -> None:
         raise ConfigError(
             "parallel.sequence_parallel=true needs Transformer Engine's norm layers on a GPU; set it to false here."
         )
-    _check_quantization(config)
+    check_quantization(config)
     backend = config.rollout.weight_sync
     allowed = ("auto", "ipc", "nccl") if on_gpu() else ("auto", "shm")
     if backend not in allowed:
@@ -58,7 +56,12 @@ def check_device(config: Config) -> None:
         )
 
 
-def _check_quantization(config: Config) -> None:
+def check_quantization(config: Config) -> None:
+    """Refuse precisions of the engines that this machine cannot compute.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
     for kind in config.rollout.precisions:
         if kind == "none":
             continue
@@ -102,6 +105,10 @@ def cores() -> int:
 
 def process_environment(config: Config, processes_per_node: int) -> dict[str, str]:
     """Environment of each trainer process, to be set before it starts.
+
+    Args:
+        config: the experiment.
+        processes_per_node: trainer processes that share this machine.
 
     On a CPU machine trainer and engine share the cores, so waiting threads must sleep instead of spin, and thread
     counts must add up to the cores.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.distributed.device import _check_quantization, cores, on_gpu, shared_environment
+from megatron_rl.distributed.device import check_quantization, cores, on_gpu, shared_environment
 
 if TYPE_CHECKING:
     from rollout.engine.engine_arguments import EngineEnvironment
@@ -27,14 +27,18 @@ print(int(supported))
 
 
 def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
-    """How engines start on this machine. `vocab_limit`: token ids from here on are never sampled.
+    """How engines start on this machine.
+
+    Args:
+        config: the experiment.
+        vocab_limit: token ids from here on are never sampled.
 
     Raises:
         ConfigError: when `rollout.quantization` does not work here.
     """
     from rollout.engine.engine_arguments import EngineEnvironment
 
-    _check_quantization(config)
+    check_quantization(config)
     environment = shared_environment()
     # The trainer sends the weights before the first request, so engines need not read them.
     vllm: dict[str, object] = {"load_format": "dummy"}
@@ -42,7 +46,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
     if on_gpu():
         gpus = float(config.rollout.tp_size)
         if config.rollout.placement == "colocated":
-            # Ray must not reserve the devices that the trainer already uses; vLLM takes the share it is told to.
+            # Ray must not reserve the devices that the trainer already uses; vLLM takes the share that it is given.
             gpus, shared = 0.0, _visible_gpus()
             vllm["gpu_memory_utilization"] = 0.5
             vllm["enable_sleep_mode"] = config.rollout.sleep > 0

@@ -14,17 +14,17 @@ class StopRequest:
     def __init__(self, runtime: Runtime) -> None:
         """To be called from the main thread, after everything that sets a handler of its own (Ray does)."""
         self._group = runtime.control_group
-        self._asked = False
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._requested = False
+        self._before = signal.signal(signal.SIGTERM, self._request)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
 
     def agreed(self) -> bool:
-        """Whether any process has been asked; the same answer on all ranks, which all have to call this."""
-        asked = torch.tensor(int(self._asked))
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(asked)
+        """Whether any process has been asked to stop; the same answer on all ranks, which all have to call this."""
+        requested = torch.tensor(int(self._requested))
+        torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(requested)
 
     def close(self) -> None:
         """Put the handler back that was there before."""

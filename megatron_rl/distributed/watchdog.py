@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from megatron_rl.distributed.device import shared_store
+from megatron_rl.distributed.runtime import Runtime
+
 STATUS = 70
 """Exit status of a driver that gave up."""
 WAITING = "waiting for the driver"
@@ -52,7 +55,7 @@ def verdict(reports: Mapping[int, Report], silent_s: Mapping[int, float], timeou
         rank = dead[0]
         return (
             f"rank {rank} on {reports[rank].host} has not been heard of for {silent_s[rank]:.0f} s; it was in the "
-            f"phase {_place(reports[rank])}."
+            f"phase {_phase_of(reports[rank])}."
         )
     if any(report.still_s + silent_s[rank] < timeout_s for rank, report in reports.items()):
         return None
@@ -61,11 +64,11 @@ def verdict(reports: Mapping[int, Report], silent_s: Mapping[int, float], timeou
     report = busy[rank]
     return (
         f"no trainer process has got further for {timeout_s:.0f} s (train.hang_timeout_s): rank {rank} on "
-        f"{report.host} hangs in the phase {_place(report)}, for {report.still_s:.0f} s now."
+        f"{report.host} hangs in the phase {_phase_of(report)}, for {report.still_s:.0f} s now."
     )
 
 
-def _place(report: Report) -> str:
+def _phase_of(report: Report) -> str:
     return f"'{report.phase}' ({report.detail})" if report.detail else f"'{report.phase}'"
 
 
@@ -80,16 +83,24 @@ class Pulse:
         timeout_s: float | None,
         give_up: Callable[[str], None] | None = None,
     ) -> None:
-        """`timeout_s` None: no watch. `give_up` gets the driver's verdict; None: the process ends."""
+        """Begin to report, and on the driver to watch.
+
+        Args:
+            rank: this process's.
+            world_size: number of processes.
+            store: by which reports reach the driver; for this alone.
+            timeout_s: how long a process may be silent, and all together without progress; None: no watch.
+            give_up: gets the driver's verdict; None: the process ends.
+        """
         self._rank, self._world_size, self._store = rank, world_size, store
         self._timeout_s = timeout_s or 0.0
         self._give_up = give_up or leave
         self._phase, self._detail, self._phases, self._beats = "starting", "", 0, 0
         self._moved = time.monotonic()
-        self._heard: dict[int, tuple[str, float]] = {}  # per rank its newest text and when it came
+        self._newest: dict[int, tuple[str, float]] = {}  # per rank its newest text and when it came
         self._sent = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._tell, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._report, name="pulse", daemon=True)
         if timeout_s is not None:
             self._thread.start()
 
@@ -106,12 +117,12 @@ class Pulse:
         self._moved = time.monotonic()
 
     def close(self) -> None:
-        """Stop telling and watching."""
+        """Stop reporting and watching."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         interval = min(LONGEST_INTERVAL_S, self._timeout_s / 4)
         while not self._over.wait(interval):
             try:
@@ -149,10 +160,15 @@ class Pulse:
             if not self._store.check([key]):
                 return None  # still starting: its launcher notices when it dies
             text = self._store.get(key).decode()
-            if rank not in self._heard or self._heard[rank][0] != text:
-                self._heard[rank] = (text, now)
-        reports = {rank: Report(**json.loads(text)[1]) for rank, (text, _) in self._heard.items()}
-        return verdict(reports, {rank: now - came for rank, (_, came) in self._heard.items()}, self._timeout_s)
+            if rank not in self._newest or self._newest[rank][0] != text:
+                self._newest[rank] = (text, now)
+        reports = {rank: Report(**json.loads(text)[1]) for rank, (text, _) in self._newest.items()}
+        return verdict(reports, {rank: now - came for rank, (_, came) in self._newest.items()}, self._timeout_s)
+
+
+def start_pulse(runtime: Runtime, timeout_s: float | None) -> Pulse:
+    """The pulse of this trainer process; see `Pulse` for the time."""
+    return Pulse(runtime.rank, runtime.world_size, shared_store(), timeout_s)
 
 
 def leave(sentence: str) -> None:

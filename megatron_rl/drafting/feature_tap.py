@@ -1,4 +1,4 @@
-"""Taps the policy's hidden states in the pass that computes old log-probs, as food for the drafter.
+"""Taps the policy's hidden states in the pass that computes old log-probs, for the drafter to learn from.
 
     windows = plan_windows(batch, step, window=256, tokens=8192, seed=0)
     with tap.recording(batch, windows):
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from drafter.eagle.packed_rows import PackedFeatures
 from megatron_rl.trainer.batch import Batch, Microbatch
-from megatron_rl.trainer.policy import Policy
+from megatron_rl.trainer.pipeline_model import PipelineModel
 
 FINAL = -1
 """The depth after the final norm, beside the numbers of `HeadConfig.aux_layers`."""
@@ -84,15 +84,20 @@ def _held_out_sequences(batch: Batch, step: int) -> set[int]:
 class FeatureTap:
     """Records hidden states of one policy. Built, used and read on all ranks together."""
 
-    def __init__(self, policy: Policy, aux_layers: tuple[int, ...]) -> None:
-        """`aux_layers`: depths to record beside the final one, as `HeadConfig.aux_layers` numbers them."""
+    def __init__(self, policy: PipelineModel, aux_layers: tuple[int, ...]) -> None:
+        """Record nothing yet.
+
+        Args:
+            policy: whose hidden states they are.
+            aux_layers: depths to record beside the final one, as `HeadConfig.aux_layers` numbers them.
+        """
         self._policy = policy
         self._parts = (*aux_layers, FINAL)
         self._dtype = policy.model.config.params_dtype
         self._group = _replica_group()
-        place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        self._places: list[tuple[int, int]] = [(0, 0)] * self._group.size()
-        torch.distributed.all_gather_object(self._places, place, group=self._group)
+        stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        self._stages: list[tuple[int, int]] = [(0, 0)] * self._group.size()
+        torch.distributed.all_gather_object(self._stages, stage, group=self._group)
         self._batch: Batch | None = None
         self._planned: dict[int, Window] = {}
         self._rows: Tensor | None = None
@@ -108,11 +113,10 @@ class FeatureTap:
         self._forget()
         self._batch, self._planned = batch, {window.sequence: window for window in windows}
         hooks = [module.register_forward_hook(self._hook(part)) for part, module in self._modules()]
-        self._policy.on_microbatch = self._begin_microbatch
         try:
-            yield
+            with self._policy.observing_microbatches(self._begin_microbatch):
+                yield
         finally:
-            self._policy.on_microbatch = None
             for hook in hooks:
                 hook.remove()
 
@@ -144,14 +148,14 @@ class FeatureTap:
 
     def _begin_microbatch(self, microbatch: Microbatch) -> None:
         assert self._batch is not None
-        places, first = [], 0
+        positions, first = [], 0
         for sequence in microbatch.sequences:
             window = self._planned.get(sequence)
             if window is not None:
                 self._seen.append(window)
-                places.append(torch.arange(first + window.start, first + window.stop))
+                positions.append(torch.arange(first + window.start, first + window.stop))
             first += self._batch.sequence_length(sequence)
-        self._rows = torch.cat(places).to(microbatch.input_ids.device) if places else None
+        self._rows = torch.cat(positions).to(microbatch.input_ids.device) if positions else None
 
     def _hook(self, part: int) -> Any:
         def record(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -172,7 +176,7 @@ class FeatureTap:
         shard = self._policy.config.parallel
         per_stage = self._policy.arch.layers // shard.pp_size
         stage = shard.pp_size - 1 if part == FINAL else max(part - 1, 0) // per_stage
-        return self._places.index((number // self._group.size() % shard.tp_size, stage))
+        return self._stages.index((number // self._group.size() % shard.tp_size, stage))
 
     def _exchange(self, own: dict[int, Tensor]) -> dict[int, Tensor]:
         """All depths of the windows dealt to this rank, [tokens, hidden] each; sizes follow from the plan alone."""
@@ -221,7 +225,7 @@ class FeatureTap:
         )
 
 
-def _bytes(values: Tensor) -> UInt8[Tensor, " bytes"]:
+def _bytes(values: Tensor) -> UInt8[Tensor, "bytes"]:
     return values.view(-1).view(torch.uint8)
 
 

@@ -11,6 +11,7 @@ features so that both belong to the same weights. The live head, which the engin
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from drafter.eagle.draft_loss import LossOptions
 from drafter.eagle.expected_acceptance import ExpectedAcceptance
 from drafter.eagle.head import EagleHead
-from drafter.eagle.head_files import head_tensors
+from drafter.eagle.head_files import head_tensors, save_head
 from drafter.eagle.packed_rows import FrozenPolicy
 from drafter.idle_time.fill_guard import FillGuard
 from drafter.idle_time.pipeline_bubbles import BubbleStats
@@ -37,7 +38,7 @@ from megatron_rl.drafting.wait_fill import idle_fill
 from megatron_rl.metrics import Metrics
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.policy import Policy
+from megatron_rl.trainer.pipeline_model import PipelineModel
 from megatron_rl.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def frozen_policy(weights: PolicyWeights, vocab_limit: int) -> FrozenPolicy:
 class FeatureSupply:
     """Fills a store from passes of the policy, and gives the training the policy's weights to go with it."""
 
-    def __init__(self, policy: Policy, head: EagleHead, store: FeatureStore) -> None:
+    def __init__(self, policy: PipelineModel, head: EagleHead, store: FeatureStore) -> None:
         self._policy, self._store = policy, store
         self._tap = FeatureTap(policy, head.config.aux_layers)
 
@@ -92,7 +93,16 @@ class Drafting:
         coordinator: Coordinator,
         fleet: "RolloutFleet | None",
     ) -> None:
-        """`head` is float32 and the same on all ranks (see `megatron_rl.drafting.initial_head`)."""
+        """Build the drafter's trainer, and the fillers of idle time that `drafter.fill` names.
+
+        Args:
+            config: the experiment.
+            runtime: this process's place.
+            policy: whose hidden states the head learns from.
+            head: float32 and the same on all ranks (see `megatron_rl.drafting.initial_head`).
+            coordinator: whose waits are filled.
+            fleet: whose engines get the head; the driver's, None elsewhere.
+        """
         self._config, self._runtime, self._policy, self._fleet = config, runtime, policy, fleet
         settings = config.drafter
         self.head = head
@@ -140,10 +150,11 @@ class Drafting:
             step: of the run.
             seconds: how long the step took so far.
             tokens: of its sequences, to compare steps.
-            rollout_metrics: the driver's, with what the engines measured of the drafts; empty elsewhere.
+            rollout_metrics: what the engines measured of the drafts; the driver's count.
         """
         metrics: Metrics = {}
-        self._alarm.observe(step, rollout_metrics, self.live.version)
+        if self._runtime.is_driver:
+            self._alarm.observe(step, rollout_metrics, self.live.version)
         self.timeline.end(step)
         if self._config.drafter.trains:
             least = self._config.drafter.min_slices * self._config.drafter.tokens_per_slice
@@ -174,7 +185,7 @@ class Drafting:
             self.live.restore_into(self.head)
             self.trainer.reset_optimizer()
         accepted = trained if decision is Decision.PUBLISH else live
-        chances = {f"drafter/accepted_{place}": float(p) for place, p in enumerate(accepted.per_position, start=1)}
+        chances = {f"drafter/accepted_{i}": float(chance) for i, chance in enumerate(accepted.per_position, start=1)}
         return {
             "drafter/trained_length": trained.expected_length,
             "drafter/heldout_length": accepted.expected_length,
@@ -219,8 +230,8 @@ class Drafting:
         self.store.forget()
         return {"trainer": self.trainer.state(), "live": self.live.state(), "guard": self.guard.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`.
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Go on from `state()`; always True.
 
         Raises:
             ConfigError: when it is that of another head.
@@ -234,6 +245,11 @@ class Drafting:
                 "drafter of that run again, or another run_dir."
             ) from error
         self.guard.restore(state["guard"])
+        return True
+
+    def export(self, folder: Path) -> None:
+        """Write the live head in vLLM's format."""
+        save_head(self.live.head, folder)
 
 
 def _training_metrics(flush: Flush) -> Metrics:

@@ -12,9 +12,11 @@ class StepTimeline:
     """Keeps this rank's spans of one step, from the tail of its generation to the end of its update."""
 
     def __init__(self, timelines: Sequence[Timeline], group: torch.distributed.ProcessGroup) -> None:
-        """Args:
-        timelines: of those who fill idle time here; none where nobody does, on all ranks alike.
-        group: of all trainer processes, for host objects.
+        """Keep no spans yet.
+
+        Args:
+            timelines: of those who fill idle time here; none where nobody does, on all ranks alike.
+            group: of all trainer processes, for host objects.
         """
         self._timelines, self._group = timelines, group
         self._spans: list[Span] = []

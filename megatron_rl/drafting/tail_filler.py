@@ -20,11 +20,13 @@ class TailFiller:
     """
 
     def __init__(self, fill: ThreadFill, coordinator: Coordinator, begins_at: float) -> None:
-        """Args:
-        fill: how waits are filled here.
-        coordinator: its waits are filled.
-        begins_at: share of the rollouts that are done when the tail begins; 0 where the trainer's devices are idle
-            during all of a generation. Before, filling would only slow down the engines that share the devices.
+        """Take over this rank's waits for the driver.
+
+        Args:
+            fill: how waits are filled here.
+            coordinator: its waits are filled.
+            begins_at: share of the rollouts that are done when the tail begins; 0 where the trainer's devices are idle
+                during all of a generation. Before, filling would only slow down the engines that share the devices.
         """
         self._fill, self._coordinator, self._begins_at = fill, coordinator, begins_at
         self._in_tail = False
@@ -34,7 +36,7 @@ class TailFiller:
         """Seconds of this rank since `end` returned them last."""
         self.timeline = Timeline()
         coordinator.register(BEGIN, self._begin)
-        coordinator.wait = self._wait
+        coordinator.fill_waits(self._wait)
 
     def watch(self, items: Iterator[Item], total: int) -> Iterator[Item]:
         """On the driver, inside `Coordinator.drive`: the same items, of which `total` will come."""

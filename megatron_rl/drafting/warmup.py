@@ -16,7 +16,6 @@ from drafter.training.publication import LiveHead, score
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.cross_checks import check_drafter
 from megatron_rl.distributed.coordinator import Coordinator
-from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
@@ -25,11 +24,10 @@ from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.console import Console
 from megatron_rl.preflight import Start, begin
 from megatron_rl.trainer.batch import Batch
+from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
-from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, _write_rollouts, read_rollouts
+from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, read_rollouts, write_rollouts
 from megatron_rl.trainer.schedule import is_due
-from megatron_rl.trainer.weight_sync import WeightSync
-from rollout.fleet.fleet import RolloutFleet
 from rollout.types import Rollout
 
 
@@ -148,16 +146,13 @@ def _generate(
     """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
     config = _plain(config)
     coordinator = Coordinator(runtime)
-    environment = engine_environment(config, start.vocab_limit)
-    fleet, generator = None, None
-    if runtime.is_driver:
-        console.info(f"starting {config.rollout.engines} rollout engine(s)")
-        fleet = RolloutFleet(config, environment, config.model.path, on_restart=lambda engine: sync.restore(engine))
-        generator = Generator(config, start.tokenizer, fleet, console)
-    sync = WeightSync(config, runtime, weights, environment.weight_sync, fleet, coordinator)
-    sync.sync(0)
+    console.info(f"starting {config.rollout.engines} rollout engine(s)")
+    fleet, generator = start_fleet(config, runtime, coordinator, start.vocab_limit), None
     rollouts: list[Rollout] = []
     try:
+        if fleet.engines is not None:
+            generator = Generator(config, start.tokenizer, fleet.engines, console)
+        fleet.connect(weights).sync(0)
         for step in range(1, batches + 1):
 
             def generate(step: int = step) -> list[Rollout]:
@@ -166,13 +161,12 @@ def _generate(
 
             rollouts += coordinator.drive(generate)
     finally:
-        sync.shutdown()
-        if generator is not None and fleet is not None:
+        if generator is not None:
             generator.close()
-            fleet.shutdown()
+        fleet.shutdown()
     if runtime.is_driver:
         file = Path(config.run_dir) / ROLLOUTS_FILE
-        _write_rollouts(rollouts, file)
+        write_rollouts(rollouts, file)
         console.info(f"{len(rollouts)} rollouts are in {file}")
     return Batch([rollout.prompt_ids for rollout in rollouts], [rollout.token_ids for rollout in rollouts])
 

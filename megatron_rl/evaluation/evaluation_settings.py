@@ -21,7 +21,7 @@ def for_evaluation(
     The default folder is `run_dir/eval/<name of the checkpoint's folder>`.
 
     Raises:
-        ConfigError: when the checkpoint is no model, the sets or the drafter cannot be used.
+        ConfigError: when the checkpoint is not a model, the sets or the drafter cannot be used.
     """
     path = str(checkpoint) if checkpoint is not None else config.model.path
     if checkpoint is not None and weights_file(checkpoint) is None:

@@ -1,4 +1,4 @@
-"""What the responses to a problem gave, one JSON line per problem, kept so that an evaluation can go on later."""
+"""What the responses to a problem gave, one JSON line per problem, kept so that an evaluation can be continued."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class ResultsFile:
         """The problems that are done, by id; a last line that a crash cut off does not count.
 
         Raises:
-            ConfigError: for any other line that is no result.
+            ConfigError: for any other line that is not a result.
         """
         if not self.file.exists():
             return {}
@@ -60,7 +60,8 @@ class ResultsFile:
                 if number == len(lines):  # without a newline: unfinished
                     continue
                 raise ConfigError(
-                    f"{self.file}:{number} is no result of an evaluation; remove the file or choose another --output."
+                    f"{self.file}:{number} is not a result of an evaluation; remove the file or choose another "
+                    "--output."
                 ) from None
             if result is not None:
                 results[result.problem_id] = result

@@ -4,7 +4,7 @@
           -> `pause` -> new weights, evaluation, checkpoint
 
 Nothing but the thread calls `fleet.generate` between `take` and `pause`. At `pause` the engines are stopped and hand
-over what they have begun; it goes on at the next `take` as a prompt with a beginning, under the new weights. So a token
+over their unfinished responses, which continue at the next `take` under the new weights. So a token
 depends on the weights of one version and all tokens before it, and keys and values of older weights play no part.
 """
 
@@ -78,21 +78,21 @@ class AsyncGeneration:
                 self._changed.wait(LOOK_SECONDS)
 
     def pause(self) -> None:
-        """Stop the engines and keep what they have begun. Nothing where they are stopped.
+        """Stop the engines and keep their unfinished responses. Nothing where they are stopped.
 
         Raises:
             RuntimeError: what `RolloutFleet.generate` raised in the thread.
         """
         if self._generation is None:
             return
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         self._stopping.set()
         self._generation.result()
         self._generation = None
-        self._engines_waited += max(asked - self._ended, 0.0)
+        self._engines_waited += max(requested - self._ended, 0.0)
 
     def _generate(self) -> None:
-        """The thread's work: generate until all that was asked for is there, or until it is told to stop."""
+        """The thread's work: generate until all that was requested is there, or until `pause`."""
         start = time.perf_counter()
         with self._changed:
             requests = self.pool.requests()
@@ -118,8 +118,8 @@ class AsyncGeneration:
         if self._config.rollout.async_steps:
             metrics["overlap/engines_waited_s"] = self._engines_waited
         if self._config.rollout.partial:
-            metrics["partial/unfinished"] = float(len(self.pool.begun))
-            metrics["partial/unfinished_tokens"] = float(sum(len(r.token_ids) for r in self.pool.begun.values()))
+            metrics["partial/unfinished"] = float(len(self.pool.unfinished))
+            metrics["partial/unfinished_tokens"] = float(sum(len(r.token_ids) for r in self.pool.unfinished.values()))
         self._tokens, self._seconds, self._engines_waited = 0, 0.0, 0.0
         return metrics
 

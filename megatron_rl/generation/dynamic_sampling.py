@@ -11,23 +11,25 @@ from rollout.types import Rollout, RolloutRequest
 class DynamicSampling:
     """Finds `wanted` prompts whose responses do not all have the same reward (DAPO, arXiv 2503.14476, equation 11).
 
-    Every prompt without a difference asks for one more, the next in the order of the data. So the prompts of a step are
+    Every prompt without a difference is replaced by the next one in the order of the data. So the prompts of a step are
     always the first ones in this order among which `wanted` differ, whichever of them is ready first. Groups are scored
     in a thread of their own, so that a slow reward keeps no engine waiting. Use it as a context manager.
     """
 
     def __init__(
-        self, wanted: int, limit: int, ask: Callable[[int], Group], score: Callable[[Group], list[Score]]
+        self, wanted: int, limit: int, make_group: Callable[[int], Group], score: Callable[[Group], list[Score]]
     ) -> None:
-        """Args:
-        wanted: groups to find.
-        limit: most groups to ask for, >= `wanted`.
-        ask: the group with a number, counted from 0; called once for each, in their order.
-        score: scores of a finished group, in the order of its requests; called from one other thread.
+        """Request the first `wanted` groups.
+
+        Args:
+            wanted: groups to find.
+            limit: most groups to request, >= `wanted`.
+            make_group: the group with a number, counted from 0; called once for each, in their order.
+            score: scores of a finished group, in the order of its requests; called from one other thread.
         """
-        self._wanted, self._limit, self._ask, self._score = wanted, limit, ask, score
-        self.groups = [ask(number) for number in range(wanted)]
-        """Asked for so far, in their order."""
+        self._wanted, self._limit, self._make_group, self._score = wanted, limit, make_group, score
+        self.groups = [make_group(number) for number in range(wanted)]
+        """Requested so far, in their order."""
         self._unfinished = {visit(group.requests[0]): group for group in self.groups}
         self._scoring: set[Future[Group]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dynamic-sampling")
@@ -51,9 +53,10 @@ class DynamicSampling:
         return group
 
     def more(self, idle: bool) -> list[list[RolloutRequest]]:
-        """The requests of further groups, as `RolloutFleet.generate` asks for them.
+        """The requests of further groups, for `RolloutFleet.generate`.
 
-        With `idle` the engines have nothing left to do: it waits for scores until one asks for a group or all are in.
+        Args:
+            idle: the engines have nothing left to do; wait for scores until one calls for a group or all are known.
         """
         while True:
             done, self._scoring = wait(self._scoring, None if idle else 0, FIRST_COMPLETED)
@@ -65,7 +68,7 @@ class DynamicSampling:
         """The next group, or none at the limit."""
         if len(self.groups) == self._limit:
             return []
-        group = self._ask(len(self.groups))
+        group = self._make_group(len(self.groups))
         self.groups.append(group)
         self._unfinished[visit(group.requests[0])] = group
         return [group]

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
@@ -18,10 +18,12 @@ from megatron_rl.generation.groups import Group
 from megatron_rl.generation.precision_metrics import generation_metrics
 from megatron_rl.generation.prompt_pool import Pool
 from megatron_rl.generation.response_reuse import Reuse
-from megatron_rl.generation.rollout_metrics import _rollout_metrics, named_by_k
+from megatron_rl.generation.rollout_metrics import named_by_k, rollout_metrics
 from megatron_rl.generation.speculation_metrics import drafter_names, speculation_metrics
+from megatron_rl.metrics import Metrics
 from megatron_rl.observability.console import Console, shown
 from megatron_rl.rewards.score import Score, ScoreItem, Scorer
+from megatron_rl.stateful import Stateful
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.requests import RequestKey, key_of
 from rollout.types import Rollout, RolloutRequest
@@ -39,12 +41,9 @@ class ScoredRollouts:
 
     rollouts: list[Rollout]
     rewards: list[float]
-
-    @classmethod
-    def of(cls, groups: list[Group]) -> "ScoredRollouts":
-        """Those of groups that are scored."""
-        rollouts = [group.rollouts[request.sample_index] for group in groups for request in group.requests]
-        return cls(rollouts, [score.total for group in groups for score in group.scores])
+    metrics: Metrics = field(default_factory=dict, compare=False)
+    """What generating and scoring them measured, by the names of `docs/metrics.md`; times differ between equal
+    steps."""
 
 
 class Generator:
@@ -66,7 +65,7 @@ class Generator:
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
         self._scoring_seconds = 0.0
         self.refills = 0
-        """Prompts that dynamic sampling has asked for beyond `train.prompts_per_step`, over all steps so far."""
+        """Prompts that dynamic sampling has requested beyond `train.prompts_per_step`, over all steps so far."""
         self._evaluator = Evaluator(config, tokenizer, fleet, console, list(self._heldout.values()), self._scorer)
         self.reuse = Reuse(config)
         """Earlier responses."""
@@ -74,10 +73,37 @@ class Generator:
         """Of a run whose responses may outlast a step."""
         if config.rollout.overlap_setting:
             self.overlap = AsyncGeneration(config, Pool(config, self._numbered), fleet, console)
-        self.metrics: dict[str, float] = {}
-        """What the last call measured."""
-        self.watch: Watch = lambda rollouts, total: rollouts
-        """Sees the rollouts of training steps as they finish, and may use the time between them."""
+        self._watches: list[Watch] = []
+
+    def add_watch(self, watch: Watch) -> None:
+        """From now on, `watch` sees the rollouts of training steps as they finish; it may use the time between them.
+
+        It sees none with `rollout.async_steps` or `rollout.partial`, where generation has no end to watch.
+        """
+        self._watches.append(watch)
+
+    def parts(self) -> dict[str, Stateful]:
+        """What checkpoints carry of generation, by name, in the order in which it is to be restored."""
+        parts: dict[str, Stateful] = {"refills": self}
+        if self.overlap is not None:
+            parts["pool"] = self.overlap.pool
+        if self._config.rollout.history.mode != "off":
+            parts["history"] = self.reuse
+        return parts
+
+    def state(self) -> int:
+        """How far dynamic sampling has moved the order of the prompts, for a checkpoint."""
+        return self.refills
+
+    def restore(self, state: Any) -> bool:
+        """Go on from `state()`."""
+        self.refills = int(state)
+        return True
+
+    def pause(self) -> None:
+        """Stop the engines where they generate beside training, and keep their unfinished responses."""
+        if self.overlap is not None:
+            self.overlap.pause()
 
     def training_rollouts(self, step: int) -> ScoredRollouts:
         """Rollouts of step `step` (counted from 1): `algorithm.group_size` of each of its prompts."""
@@ -87,26 +113,31 @@ class Generator:
         groups, chosen, sampling = self._generate_groups(step)
         seconds = time.perf_counter() - start
         asleep = self._let_sleep() if config.rollout.sleep else {}
-        rollouts = [group.rollouts[request.sample_index] for group in groups for request in group.requests]
+        rollouts = _rollouts(groups)
         texts = self._texts(rollouts)
         if not config.algorithm.dynamic_sampling:
             prompts = [group.prompt for group in groups for _ in group.requests]
             scores = iter(self._score(rollouts, prompts, texts))
             for group in groups:
                 group.scores = [next(scores) for _ in group.requests]
-        rewards = [score.total for group in groups for score in group.scores]
-        self.metrics = self._take_reward_metrics() | asleep | {"time/generate": seconds}
-        self.metrics |= _rollout_metrics(rollouts, rewards, seconds) | sampling
-        if len(set(config.rollout.precisions)) > 1:
-            precisions = self._fleet.take_precision_counts()
-            self.metrics |= generation_metrics(rollouts, precisions, config.rollout)
-        counts = self._fleet.take_speculation_counts()
-        self.metrics |= speculation_metrics(rollouts, counts, drafter_names(config.rollout))
-        self.metrics |= group_diversity(rollouts, texts, config.algorithm.group_size)
-        self.metrics |= self.reuse.finish_step(rollouts, rewards)
-        return ScoredRollouts.of(chosen)
+        metrics = self._take_reward_metrics() | asleep | {"time/generate": seconds}
+        metrics |= self._step_metrics(rollouts, texts, _rewards(groups), seconds, sampling)
+        return ScoredRollouts(_rollouts(chosen), _rewards(chosen), metrics)
 
-    def _generate_groups(self, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+    def _step_metrics(
+        self, rollouts: list[Rollout], texts: list[str], rewards: list[float], seconds: float, sampling: Metrics
+    ) -> Metrics:
+        """What is known of all `rollouts` of a step, those that dynamic sampling dropped among them."""
+        options = self._config.rollout
+        metrics = rollout_metrics(rollouts, rewards, seconds) | sampling
+        if len(set(options.precisions)) > 1:
+            metrics |= generation_metrics(rollouts, self._fleet.take_precision_counts(), options)
+        counts = self._fleet.take_speculation_counts()
+        metrics |= speculation_metrics(rollouts, counts, drafter_names(options))
+        metrics |= group_diversity(rollouts, texts, self._config.algorithm.group_size)
+        return metrics | self.reuse.finish_step(rollouts, rewards)
+
+    def _generate_groups(self, step: int) -> tuple[list[Group], list[Group], Metrics]:
         """The step's prompts with their rollouts; those to learn from; and what dynamic sampling, which scores them, or
         overlap measured."""
         if self.overlap is not None:
@@ -115,17 +146,17 @@ class Generator:
         algorithm, wanted = self._config.algorithm, self._config.train.prompts_per_step
         first = (step - 1) * wanted + self.refills
 
-        def ask(number: int) -> Group:
+        def make_group(number: int) -> Group:
             return self._group(step, first + number, further=number > 0)
 
         if not algorithm.dynamic_sampling:
-            groups = [ask(number) for number in range(wanted)]
+            groups = [make_group(number) for number in range(wanted)]
             found = iter(self._generate(_requests(groups)))
             for group in groups:
                 group.rollouts = {request.sample_index: next(found) for request in group.requests}
             return groups, groups, {}
         limit = wanted * (1 + algorithm.dynamic_sampling)
-        with DynamicSampling(wanted, limit, ask, self._score_group) as refill:
+        with DynamicSampling(wanted, limit, make_group, self._score_group) as refill:
             self._generate(_requests(refill.groups), refill)
         self.refills += len(refill.groups) - wanted
         return refill.groups, refill.chosen(), refill.metrics()
@@ -155,30 +186,29 @@ class Generator:
         return Group(prompt, self.reuse.attach(requests, further))
 
     def _score_group(self, group: Group) -> list[Score]:
-        rollouts = [group.rollouts[request.sample_index] for request in group.requests]
+        rollouts = _rollouts([group])
         return self._score(rollouts, [group.prompt] * len(rollouts), self._texts(rollouts))
 
-    def _let_sleep(self) -> dict[str, float]:
+    def _let_sleep(self) -> Metrics:
         start = time.perf_counter()
         self._fleet.sleep()
         return {"time/sleep": time.perf_counter() - start}
 
-    def evaluate(self, step: int) -> None:
-        """Accuracies of the held-out sets that are due after `step`, by `eval.samples` responses beside the greedy one;
-        fills `metrics`."""
+    def evaluate(self, step: int) -> Metrics:
+        """Accuracies of the held-out sets that are due after `step`, by `eval.samples` responses and a greedy one."""
         start = time.perf_counter()
         results = {}
         for spec in self._config.due_sets(step):
             summary = summarize(list(self._evaluator.results(self._heldout[spec], step)))
             for name, value in named_by_k(summary, self._config.eval.samples).items():
                 results[f"eval/{set_name(spec)}/{name}"] = value
-        self.metrics = results | {"time/eval": time.perf_counter() - start}
-        # What follows are those of training.
+        # What the engines count from here on belongs to training.
         self._fleet.take_speculation_counts()
         self._fleet.take_precision_counts()
+        return results | {"time/eval": time.perf_counter() - start}
 
     def _generate(self, requests: list[RolloutRequest], refill: DynamicSampling | None = None) -> list[Rollout]:
-        """Responses in the order of `requests`; those that `refill` asks for besides stay with it."""
+        """Responses in the order of `requests`; those that `refill` requests besides stay with it."""
         done: dict[RequestKey, Rollout] = {}
         total = len(requests)
 
@@ -188,7 +218,9 @@ class Generator:
             total += sum(map(len, further))
             return further
 
-        rollouts = self.watch(self._fleet.generate(requests, more), len(requests))
+        rollouts: Iterator[Rollout] = self._fleet.generate(requests, more)
+        for watch in self._watches:
+            rollouts = watch(rollouts, len(requests))
         for rollout in shown(rollouts, lambda: total, "generating", self._console):
             done[key_of(rollout)] = rollout
             if refill is not None:
@@ -214,7 +246,7 @@ class Generator:
         self._scoring_seconds += time.perf_counter() - start
         return scores
 
-    def _take_reward_metrics(self) -> dict[str, float]:
+    def _take_reward_metrics(self) -> Metrics:
         """What scoring took and met since the last call."""
         seconds, self._scoring_seconds = self._scoring_seconds, 0.0
         counts = {f"reward/{name}": count for name, count in self._scorer.metrics().items()}
@@ -226,6 +258,14 @@ class Generator:
             self.overlap.close()
         self._evaluator.close()
         self._scorer.close()
+
+
+def _rollouts(groups: list[Group]) -> list[Rollout]:
+    return [group.rollouts[request.sample_index] for group in groups for request in group.requests]
+
+
+def _rewards(groups: list[Group]) -> list[float]:
+    return [score.total for group in groups for score in group.scores]
 
 
 def _requests(groups: list[Group]) -> list[RolloutRequest]:

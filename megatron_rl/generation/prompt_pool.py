@@ -14,23 +14,28 @@ from rollout.types import Rollout, RolloutRequest, TokenSource
 
 
 class Pool:
-    """Prompts that were begun and not trained on yet, by their place in the order of the data.
+    """Prompts that were begun and not trained on yet, by their position in the order of the data.
 
     Prompt `number` is meant for step `number // train.prompts_per_step + 1`, and the seeds of its responses are those
     of that step, whenever they are sampled. Without `rollout.partial` it is trained on in that step too; with it, a
     step takes those that are answered, the earliest first. No lock: its user has one.
     """
 
-    def __init__(self, config: Config, ask: Callable[[int], Group]) -> None:
-        """`ask` gives the group with a number; called once for each, in their order."""
-        self._config, self._ask = config, ask
+    def __init__(self, config: Config, make_group: Callable[[int], Group]) -> None:
+        """Build an empty pool.
+
+        Args:
+            config: the experiment.
+            make_group: the group with a number; called once for each, in their order.
+        """
+        self._config, self._make_group = config, make_group
         self._wanted, self._partial = config.train.prompts_per_step, config.rollout.partial
         self._extra = math.ceil(config.rollout.partial_fraction * self._wanted) if self._partial else 0
         self._next = 0
         self._groups: dict[int, Group] = {}
         self._numbers: dict[tuple[str, int], int] = {}
-        self.begun: dict[RequestKey, Rollout] = {}
-        """Responses that were stopped and are to go on."""
+        self.unfinished: dict[RequestKey, Rollout] = {}
+        """Responses that were stopped and are to continue."""
 
     def open(self, step: int) -> None:
         """Begin the prompts that may be under way before `step` (counted from 1) is trained.
@@ -38,36 +43,36 @@ class Pool:
         That is those of the steps up to `step + rollout.async_steps`: their tokens will be no more than so many updates
         old. `rollout.partial` adds its share.
         """
-        self._next = max(self._next, self._wanted * (step - 1))  # of a run that goes on without what was under way
+        self._next = max(self._next, self._wanted * (step - 1))  # of a run that resumes without what was under way
         last = min(step + self._config.rollout.async_steps, self._config.train.steps)
         while self._next < self._wanted * last + self._extra:
             self._put(self._next)
             self._next += 1
 
     def _put(self, number: int) -> Group:
-        group = self._ask(number)
+        group = self._make_group(number)
         self._groups[number] = group
         self._numbers[visit(group.requests[0])] = number
         return group
 
     def requests(self) -> list[RolloutRequest]:
-        """What is left to generate, the earliest prompts first; a response that has begun goes on where it was."""
+        """What is left to generate, the earliest prompts first; an unfinished response continues where it was."""
         left = [
             request
             for group in self._groups.values()
             for request in group.requests
             if request.sample_index not in group.rollouts
         ]
-        begun = ((request, self.begun.get(key_of(request))) for request in left)
-        return [request if rollout is None else continue_from(request, rollout) for request, rollout in begun]
+        pairs = ((request, self.unfinished.get(key_of(request))) for request in left)
+        return [request if rollout is None else continue_from(request, rollout) for request, rollout in pairs]
 
     def add(self, rollout: Rollout) -> None:
         """Take what the fleet gave for one of `requests()`: its end, or as far as it has come."""
         key = key_of(rollout)
-        if (beginning := self.begun.pop(key, None)) is not None:
+        if (beginning := self.unfinished.pop(key, None)) is not None:
             rollout = join_rollouts(beginning, rollout)
         if rollout.finish_reason == "unfinished":
-            self.begun[key] = rollout
+            self.unfinished[key] = rollout
         else:
             self._groups[self._numbers[visit(rollout)]].rollouts[rollout.sample_index] = rollout
 
@@ -100,11 +105,11 @@ class Pool:
             "next": self._next,
             "numbers": list(self._groups),
             "sampled_with": self._sampled_with(),
-            "rollouts": [self._packed(rollout) for rollout in [*finished, *self.begun.values()]],
+            "rollouts": [self._packed(rollout) for rollout in [*finished, *self.unfinished.values()]],
         }
 
     def restore(self, state: dict[str, Any]) -> bool:
-        """Go on from `state()`; False when it is of other prompts or options, and so of no use."""
+        """Continue from `state()`; False when it is of other prompts or options, and so of no use."""
         for number in state["numbers"]:
             self._put(number)
         if state["sampled_with"] != self._sampled_with():
@@ -117,7 +122,7 @@ class Pool:
         return True
 
     def _sampled_with(self) -> str:
-        """What tells whether responses belong to these prompts and could have been sampled here."""
+        """Equal where responses belong to these prompts and could have been sampled here."""
         rollout = self._config.rollout
         prompts = [group.prompt.prompt_id for group in self._groups.values()]
         seeds = [request.seed for group in self._groups.values() for request in group.requests]

@@ -27,7 +27,7 @@ class Lenience:
 
     GAIN, LARGEST_MOVE = 0.25, 0.25
     BOUND = 2.0
-    """Nats; SPEC-RL lost accuracy there, so more is for those who ask for it."""
+    """Nats; SPEC-RL lost accuracy there, so more has to be asked for."""
 
     def __init__(self, start: float, budget: LenienceBudgetConfig | None) -> None:
         self.value = start
@@ -53,7 +53,11 @@ class Drift:
     """
 
     def __init__(self, log_ratios: Sequence[float]) -> None:
-        """`log_ratios` are `logprob now - logprob then`, nats."""
+        """Measure it.
+
+        Args:
+            log_ratios: `logprob now - logprob then` of each token, nats.
+        """
         self.kl, self.ess = 0.0, 1.0
         if log_ratios:
             delta = torch.tensor(log_ratios, dtype=torch.float64).clamp(-20, 20)

@@ -26,9 +26,11 @@ class Record:
     """One response and what is known of it."""
 
     past: Past
-    prompt: int  # `fingerprint` of the prompt's tokens
+    prompt: int
+    """`fingerprint` of the prompt's tokens."""
     policy_version: int
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str
+    """`stop` or `length`."""
     reward: float
 
     @property

@@ -6,19 +6,27 @@ from typing import Any
 import torch
 
 from megatron_rl.evaluation.statistics import Estimate
+from megatron_rl.metrics import Metrics
 from rollout.types import Rollout
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def named_by_k(summary: Mapping[str, Estimate], samples: int) -> dict[str, float]:
+def named_by_k(summary: Mapping[str, Estimate], samples: int) -> Metrics:
     """What is measured with all `samples` responses, by names that do not depend on their number (`KINDS`)."""
     names = {"greedy_accuracy": "greedy_accuracy"}
     names |= {f"{kind}@{samples}": f"{kind}_at_k" for kind in ("avg", "pass", "majority")}
     return {names[name]: estimate.value for name, estimate in summary.items() if name in names}
 
 
-def _rollout_metrics(rollouts: list[Rollout], rewards: list[float], seconds: float) -> dict[str, float]:
+def rollout_metrics(rollouts: list[Rollout], rewards: list[float], seconds: float) -> Metrics:
+    """`reward/*`, `response/*` and `throughput/generated_tokens_per_s` of `docs/metrics.md`.
+
+    Args:
+        rollouts: of the step.
+        rewards: one per rollout, penalties included.
+        seconds: that their generation took.
+    """
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float64)
     reward = torch.tensor(rewards, dtype=torch.float64)
     metrics: dict[str, Any] = {

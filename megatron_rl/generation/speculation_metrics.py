@@ -75,6 +75,6 @@ def _live_metrics(counts: Sequence[SpeculationCounts]) -> Metrics:
     metrics = {"drafter/live_drafts": float(tried[0])}
     if tried[0]:
         metrics["drafter/live_length"] = 1 + accepted.total() / tried[0]
-    for place in sorted(tried):
-        metrics[f"drafter/live_accepted_{place + 1}"] = accepted[place] / tried[place]
+    for position in sorted(tried):
+        metrics[f"drafter/live_accepted_{position + 1}"] = accepted[position] / tried[position]
     return metrics

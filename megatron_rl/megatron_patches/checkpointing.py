@@ -1,15 +1,6 @@
-"""What is mended in megatron-core, for the versions it was seen in: three functions, around checkpoints.
+"""What is mended in megatron-core around checkpoints, for the versions that need it.
 
-- `DistributedOptimizer._set_main_param_and_optimizer_states`: without Transformer Engine or Apex the distributed
-  optimizer stands on torch's Adam, whose per-parameter `step` is not part of a "fully reshardable" checkpoint; this
-  function asks for it all the same.
-- `filesystem_async._get_write_results_queue`: starts a manager process per rank (which imports torch, seconds of work)
-  so that an asynchronous writer can report back; our saves are synchronous and stay in one process.
-- `FileSystemWriterAsync.write_preloaded_data_multiproc`: forks a process per file, which hangs when one of this
-  process's many threads (Ray's, gRPC's, torch's) held a lock at that moment. Later versions write in threads, too
-  (NVIDIA/Megatron-LM pull request 3633).
-
-Beside them, what torch reads of a checkpoint is restricted to data (`megatron_rl.megatron_patches.safe_loading`).
+Beside that, what torch reads of a checkpoint is restricted to data (`megatron_rl.megatron_patches.safe_loading`).
 """
 
 import queue
@@ -21,9 +12,11 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_rl.megatron_patches import safe_loading, versions
+from megatron_rl.megatron_patches import safe_loading
+from megatron_rl.megatron_patches.versions import patch
 
 _original_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+_writer: Any = filesystem_async
 _results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
 
@@ -58,14 +51,54 @@ def _write_in_threads(
     results.put(errors[0] if errors else by_bucket)
 
 
+@patch(">=0.16.1,<0.20")
+def keep_adam_steps() -> None:
+    """Loading leaves the `step` of torch's Adam as it is.
+
+    Without Transformer Engine or Apex the distributed optimizer stands on torch's Adam, whose per-parameter `step` is
+    not part of a "fully reshardable" checkpoint; megatron-core asks for it all the same.
+    """
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
+
+
+@patch(">=0.16.1,<0.17")
+def collect_results_in_this_process() -> None:
+    """Saves start no manager process (which imports torch, seconds of work) to report back from a writer process.
+
+    Our saves are synchronous and stay in one process.
+    """
+    _writer._get_write_results_queue = lambda: _results
+
+
+@patch(">=0.17,<0.20")
+def collect_results_in_this_process_renamed() -> None:
+    """The same, as later versions call it."""
+    _writer.get_write_results_queue = lambda mp_mode="spawn": _results
+
+
+@patch(">=0.16.1,<0.17")
+def write_in_threads() -> None:
+    """Saves fork no process per file, as later versions do not either (NVIDIA/Megatron-LM pull request 3633).
+
+    That hangs when one of this process's many threads (Ray's, gRPC's, torch's) held a lock at that moment.
+    """
+    _writer.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+
+
+PATCHES = (
+    keep_adam_steps,
+    collect_results_in_this_process,
+    collect_results_in_this_process_renamed,
+    write_in_threads,
+)
+
+
 def install() -> None:
-    """Patch the three functions. Idempotent.
+    """Apply the patches for the installed version. Idempotent.
 
     Raises:
-        RuntimeError: for a megatron-core version this was not tested with.
+        ConfigError: for a megatron-core version that is not supported.
     """
-    versions.check("saving checkpoints")
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
-    filesystem_async._get_write_results_queue = lambda: _results
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    for apply in PATCHES:
+        apply()
     safe_loading.install()

@@ -16,6 +16,9 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
+from megatron_rl.megatron_patches import versions
+from megatron_rl.megatron_patches.versions import patch
+
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Redirects CUDA device arguments of torch calls to the CPU, and reports CUDA type names for CPU tensors."""
@@ -65,17 +68,21 @@ def install() -> None:
     """Make megatron-core's CUDA calls mean the CPU, in this process and thread. Idempotent.
 
     Raises:
-        RuntimeError: for a megatron-core version this was not tested with.
+        ConfigError: for a megatron-core version that is not supported.
     """
     global _mode
     if _mode is not None:
         return
-    import megatron.core.tensor_parallel.random as megatron_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    versions.check()
+    _answer_for_cuda()
+    for apply in PATCHES:
+        apply()
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
 
-    from megatron_rl.megatron_patches import versions
 
-    versions.check("training on a CPU")
+def _answer_for_cuda() -> None:
+    """Give torch's CUDA functions that megatron-core calls their meaning on a CPU."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
@@ -88,16 +95,34 @@ def install() -> None:
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = lambda *args: _NoStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+@patch(">=0.16.1,<0.20")
+def use_the_cpu_generator() -> None:
+    """The tracker of random number generators reads and sets the CPU's state."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+@patch(">=0.16.1,<0.17")
+def define_te_general_gemm() -> None:
+    """Routers ask for it, but it is imported with Transformer Engine only; later versions set it to None themselves."""
+    from megatron.core.transformer.moe import moe_utils
+
     moe: Any = moe_utils
-    moe.te_general_gemm = None  # routers ask for it, but it is imported with Transformer Engine only
+    moe.te_general_gemm = None
+
+
+@patch(">=0.16.1,<0.20")
+def keep_sizes_on_the_host() -> None:
+    """The dispatcher of experts converts the sizes of its all-to-alls only where it finds them on a GPU."""
+    from megatron.core.transformer.moe import token_dispatcher
+
     dispatcher: Any = token_dispatcher
     dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
-    _leave_out_lonely_collectives()
-    _mode = _CudaMeansCpu()
-    _mode.__enter__()
 
 
 def _as_on_the_host(values: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -105,7 +130,9 @@ def _as_on_the_host(values: Any, as_numpy: bool = False, record_stream: bool = F
     return values.numpy() if as_numpy and torch.is_tensor(values) else values
 
 
-def _leave_out_lonely_collectives() -> None:
+@patch(">=0.16.1,<0.20")
+def leave_out_lonely_collectives() -> None:
+    """DDP does not copy parameters and gradients within one rank."""
     from megatron.core.distributed import param_and_grad_buffer
 
     ddp: Any = param_and_grad_buffer
@@ -124,3 +151,11 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         return None if group.size() == 1 else collective(*args, group=group, **kwargs)
 
     return call
+
+
+PATCHES = (
+    use_the_cpu_generator,
+    define_te_general_gemm,
+    keep_sizes_on_the_host,
+    leave_out_lonely_collectives,
+)

@@ -104,7 +104,7 @@ def choice(prompt: str, response: str, answer: str) -> float:
     """
     expected = last_letter(answer)
     if expected is None:
-        raise ValueError(f"the reference answer {answer!r} is no letter")
+        raise ValueError(f"the reference answer {answer!r} is not a letter")
     return float(last_letter(response) == expected)
 
 

@@ -55,6 +55,11 @@ class Batch:
         """Response tokens in the batch."""
         return self.offsets[-1]
 
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of all prompts and responses."""
+        return sum(map(len, self.prompts)) + self.tokens
+
     def sequence_length(self, index: int) -> int:
         """Tokens of prompt and response together."""
         return len(self.prompts[index]) + len(self.responses[index])
@@ -115,13 +120,13 @@ class Microbatch:
     input_ids: Int[torch.Tensor, "one packed"]
     packing: PackedSequences
     rows: Int[torch.Tensor, "own"]
-    """Places in the (part of the) packed row whose logits predict a response token."""
+    """Positions in the (part of the) packed row whose logits predict a response token."""
     targets: Int[torch.Tensor, "own"]
     """The response tokens that they predict."""
     own: Int[torch.Tensor, "own"] | None
     """Which of the row's response tokens these are; None: all."""
     flat_index: Int[torch.Tensor, "tokens"]
-    """Places of all its response tokens in the batch's flat layout (on the CPU)."""
+    """Positions of all its response tokens in the batch's flat layout (on the CPU)."""
     values: dict[str, Float[torch.Tensor, "tokens"]]
     """The batch's per-token values at `flat_index`, on the device."""
     sequences: list[int]
@@ -140,7 +145,7 @@ def build_microbatch(
         indices: which ones.
         multiple: the length of the row, or of each rank's part of it, is a multiple of this.
         device: for the tensors.
-        part: rank and size of the context-parallel group; see `models/context.py`.
+        part: rank and size of the context-parallel group; see `models/context_parallel.py`.
     """
     rank, size = part
     unit = 2 * size if size > 1 else 1
@@ -162,22 +167,22 @@ def build_microbatch(
     if padding:
         input_ids += [0] * padding
         lengths.append(padding)
-    places = torch.tensor(flat_index, dtype=torch.int64)
+    positions = torch.tensor(flat_index, dtype=torch.int64)
     tokens, predicting, predicted = (torch.tensor(ids, dtype=torch.int64) for ids in (input_ids, rows, targets))
     held = own = None
     if size > 1:
         held = held_places(lengths, rank, size)
-        place_here = torch.full((len(tokens),), -1).index_copy(0, held, torch.arange(len(held)))
-        own = (place_here[predicting] >= 0).nonzero()[:, 0]
-        tokens, predicting, predicted = tokens[held], place_here[predicting[own]], predicted[own]
+        position_here = torch.full((len(tokens),), -1).index_copy(0, held, torch.arange(len(held)))
+        own = (position_here[predicting] >= 0).nonzero()[:, 0]
+        tokens, predicting, predicted = tokens[held], position_here[predicting[own]], predicted[own]
     return Microbatch(
         input_ids=tokens.to(device)[None],
         packing=PackedSequences.from_lengths(lengths, device, held),
         rows=predicting.to(device),
         targets=predicted.to(device),
         own=None if own is None else own.to(device),
-        flat_index=places,
-        values={name: value[places].to(device) for name, value in batch.values.items()},
+        flat_index=positions,
+        values={name: value[positions].to(device) for name, value in batch.values.items()},
         sequences=indices,
     )
 

@@ -23,7 +23,7 @@ from megatron_rl.models.megatron_folder import _load, _read, write_model_folder
 from megatron_rl.models.model_folder import DRAFT, REPLACED
 
 if TYPE_CHECKING:
-    from megatron_rl.trainer.trainer import Trainer
+    from megatron_rl.trainer.trained_model import TrainedModel
 
 CRITIC = "critic"  # in checkpoints: its model and optimizer
 # The form of the optimizer state that loads into any other TP, PP or DP layout.
@@ -57,13 +57,12 @@ def damaged_checkpoints(run_dir: str | Path) -> dict[Path, str]:
 
 
 def save_checkpoint(
-    trainer: "Trainer",
+    trainer: "TrainedModel",
     run_dir: str | Path,
     step: int,
     keep: int,
-    driver: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, Any] | None = None,
-    critic: "Trainer | None" = None,
+    states: Mapping[str, Any] | None = None,
+    critic: "TrainedModel | None" = None,
 ) -> None:
     """Save on all ranks. The folder gets its name only when it is complete.
 
@@ -72,8 +71,7 @@ def save_checkpoint(
         run_dir: the run's folder.
         step: RL steps done.
         keep: newest checkpoints to keep; older ones are removed.
-        driver: plain values by name, which `load_driver_state` returns; those of rank 0 count.
-        tensors: values with tensors by name, which `load_tensors` returns; those of rank 0 count.
+        states: of the run's parts (see `Stateful`) by name, which `load_state` returns; those of rank 0 count.
         critic: the critic's model and optimizer.
     """
     folder = checkpoint_folder(run_dir, step)
@@ -83,7 +81,9 @@ def save_checkpoint(
     if critic is not None:
         contents[CRITIC] = _critic_state(critic, loading=False)
         contents["state"]["critic_updates"] = critic.updates
-    write_model_folder(contents, trainer.config.model.path, folder, driver, tensors)
+    plain = {name: state for name, state in (states or {}).items() if not _has_tensors(state)}
+    tensors = {name: state for name, state in (states or {}).items() if name not in plain}
+    write_model_folder(contents, trainer.config.model.path, folder, plain, tensors)
     if trainer.runtime.is_driver:
         remove_old_checkpoints(run_dir, keep)
     torch.distributed.barrier()
@@ -96,7 +96,9 @@ def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
         shutil.rmtree(steps[old])
 
 
-def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, critic: "Trainer | None" = None) -> None:
+def load_checkpoint(
+    trainer: "TrainedModel", run_dir: str | Path, step: int, critic: "TrainedModel | None" = None
+) -> None:
     """Restore model and optimizer, and the critic's, in place on all ranks; the layout may differ from the one saved.
 
     Raises:
@@ -118,33 +120,35 @@ def load_checkpoint(trainer: "Trainer", run_dir: str | Path, step: int, critic: 
         critic.updates = contents["state"]["critic_updates"]
 
 
-def load_driver_state(run_dir: str | Path, step: int, name: str) -> Any:
-    """What was saved under that name, or None when the checkpoint has nothing by it.
+def saved_states(run_dir: str | Path, step: int) -> list[str]:
+    """Names of the parts whose states the checkpoint of `step` holds."""
+    return sorted(file.stem for file in (_steps(run_dir)[step] / "driver").glob("*"))
+
+
+def load_state(run_dir: str | Path, step: int, name: str) -> Any:
+    """The state that was saved under that name, tensors on the CPU, or None when the checkpoint has nothing by it.
 
     Raises:
         ConfigError: when it cannot be read.
     """
-    file = _steps(run_dir)[step] / "driver" / f"{name}.json"
+    plain = _steps(run_dir)[step] / "driver" / f"{name}.json"
+    tensors = plain.with_suffix(".pt")
+    file = tensors if tensors.is_file() else plain
     try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
+        if tensors.is_file():
+            return torch.load(tensors, map_location="cpu", weights_only=True)
+        return json.loads(plain.read_text()) if plain.is_file() else None
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
 
 
-def load_tensors(run_dir: str | Path, step: int, name: str) -> Any:
-    """What was saved under that name, on the CPU, or None when the checkpoint has nothing by it.
-
-    Raises:
-        ConfigError: when it cannot be read.
-    """
-    file = _steps(run_dir)[step] / "driver" / f"{name}.pt"
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); remove it to go on without.") from error
+def _has_tensors(state: Any) -> bool:
+    if isinstance(state, dict):
+        return any(map(_has_tensors, state.values()))
+    return any(map(_has_tensors, state)) if isinstance(state, list | tuple) else isinstance(state, torch.Tensor)
 
 
-def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+def _sharded_state(trainer: "TrainedModel", loading: bool) -> dict[str, Any]:
     _allocate_adam_state(trainer)
     if not loading:
         _count_padding_between_parameters(trainer)
@@ -153,14 +157,14 @@ def _sharded_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def _critic_state(critic: "Trainer", loading: bool) -> dict[str, Any]:
+def _critic_state(critic: "TrainedModel", loading: bool) -> dict[str, Any]:
     """The same under names of its own, which the two models otherwise share."""
     state = _sharded_state(critic, loading)
     add_prefix_for_sharding(state, f"{CRITIC}.")
     return state
 
 
-def _restore(trainer: "Trainer", contents: dict[str, Any]) -> None:
+def _restore(trainer: "TrainedModel", contents: dict[str, Any]) -> None:
     trainer.model.load_state_dict(contents["model"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
     _unshare_steps(trainer)
@@ -175,7 +179,7 @@ def _check_critic(folder: Path) -> None:
         )
 
 
-def _count_padding_between_parameters(trainer: "Trainer") -> None:
+def _count_padding_between_parameters(trainer: "TrainedModel") -> None:
     """Make megatron-core save the ends of its buffers.
 
     It aligns parameters within a buffer but leaves that padding out of `numel_unpadded`, where saving cuts the buffer
@@ -187,12 +191,12 @@ def _count_padding_between_parameters(trainer: "Trainer") -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def _torch_adams(trainer: "Trainer") -> list[torch.optim.Optimizer]:
+def _torch_adams(trainer: "TrainedModel") -> list[torch.optim.Optimizer]:
     inner = [optimizer.optimizer for optimizer in trainer.optimizer.chained_optimizers]
     return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
 
 
-def _allocate_adam_state(trainer: "Trainer") -> None:
+def _allocate_adam_state(trainer: "TrainedModel") -> None:
     """Adam has no state before its first step, and megatron-core can only save and load state that is there."""
     for optimizer in trainer.optimizer.chained_optimizers:
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
@@ -201,14 +205,14 @@ def _allocate_adam_state(trainer: "Trainer") -> None:
             state.setdefault("step", torch.tensor(0.0))
 
 
-def _unshare_steps(trainer: "Trainer") -> None:
+def _unshare_steps(trainer: "TrainedModel") -> None:
     """megatron-core gives all parameters one `step` tensor, which Adam would then count up once per parameter."""
     for adam in _torch_adams(trainer):
         for state in adam.state.values():
             state["step"] = state["step"].clone()
 
 
-def _check_dealing(trainer: "Trainer", folder: Path) -> None:
+def _check_dealing(trainer: "TrainedModel", folder: Path) -> None:
     """megatron-core has an optimizer of their own for experts that are dealt to ranks, and none for others."""
     names = _read(folder, dist_checkpointing.load_tensors_metadata)
     were_dealt = any(name.startswith("chained_1.") for name in names)

@@ -14,7 +14,12 @@ class Routing:
     """Sets the weights of the routers' losses, and counts the tokens of each expert, for one optimizer step each."""
 
     def __init__(self, model: GPTModel, config: Config) -> None:
-        """`model` is this rank's part of a policy with experts."""
+        """Watch the routers.
+
+        Args:
+            model: this rank's part of a model with experts.
+            config: the experiment.
+        """
         self._config = config
         self._routers = {layer.layer_number: layer.mlp.router for layer in model.decoder.layers}
         self._counts = torch.zeros(model.config.num_layers, model.config.num_moe_experts)

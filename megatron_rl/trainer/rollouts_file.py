@@ -11,7 +11,8 @@ from rollout.types import Rollout
 ROLLOUTS_FILE = "warmup-rollouts.jsonl"
 
 
-def _write_rollouts(rollouts: list[Rollout], file: Path) -> None:
+def write_rollouts(rollouts: list[Rollout], file: Path) -> None:
+    """Save rollouts so that `read_rollouts` can read them."""
     lines = [
         json.dumps({"prompt_ids": rollout.prompt_ids, "token_ids": rollout.token_ids}) + "\n" for rollout in rollouts
     ]

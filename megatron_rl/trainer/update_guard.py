@@ -1,4 +1,4 @@
-"""Leaves out updates whose loss or gradient is no number, and ends a run that has nothing else."""
+"""Leaves out updates whose loss or gradient is not finite, and ends a run that has nothing else."""
 
 import logging
 import math
@@ -15,12 +15,17 @@ class UpdateGuard:
     """Looks at every update before the optimizer applies it. One that is not finite would make all weights so."""
 
     def __init__(self, runtime: Runtime, limit: int) -> None:
-        """`limit`: so many updates in a row that are not finite end the run (`train.max_skipped_updates`)."""
+        """Begin to count.
+
+        Args:
+            runtime: this process's place.
+            limit: so many updates in a row that are not finite end the run (`train.max_skipped_updates`).
+        """
         self._runtime, self._limit = runtime, limit
         self._in_a_row = 0
 
     def allows(self, update: int, losses: Sequence[float], grad_norm: float) -> bool:
-        """Whether the optimizer may apply an update; the same answer on all ranks, which all have to ask.
+        """Whether the optimizer may apply an update; the same answer on all ranks, which all have to call this.
 
         Args:
             update: its number, for the log.

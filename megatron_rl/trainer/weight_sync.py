@@ -57,7 +57,16 @@ class WeightSync:
         fleet: "RolloutFleet | None",
         coordinator: Coordinator,
     ) -> None:
-        """`fleet` is the driver's, None elsewhere; `backend` is shm, ipc or nccl."""
+        """Connect all engines.
+
+        Args:
+            config: the experiment.
+            runtime: this process's place.
+            weights: the policy's.
+            backend: shm, ipc or nccl.
+            fleet: the driver's engines, which are up; None elsewhere.
+            coordinator: brings all ranks together when an engine has to get its weights again.
+        """
         self._config, self._runtime, self._fleet = config, runtime, fleet
         self._source = PolicyWeightSource(weights)
         self._backend, self._coordinator = backend, coordinator
@@ -92,7 +101,7 @@ class WeightSync:
             RuntimeError: with `rollout.verify_weights`, when an engine does not hold the trainer's bits.
         """
         if self._config.rollout.sleep:
-            # In reach of all ranks: an engine that died in its sleep may need them.
+            # Where all ranks can be called: an engine that died while it slept needs them to get its weights.
             self._coordinator.drive(lambda: self._fleet.wake_up() if self._fleet is not None else None)
         if self._stale:
             self._connection.shutdown()
@@ -170,7 +179,11 @@ class WeightSync:
 
 
 def rounding_metrics(parts: Sequence[Mapping[str, "Rounding"]], bound: float) -> dict[str, float]:
-    """`quantization/*` of `docs/metrics.md` from what each worker says of its layers; a warning for errors over bound.
+    """`quantization/*` of `docs/metrics.md`; a warning for errors over the bound.
+
+    Args:
+        parts: per worker, what int8 made of each of its layers.
+        bound: largest share of a layer's norm that may be lost without a warning.
 
     A layer cannot change its precision in a running engine: compiled code and CUDA graphs hold its tensors' addresses.
     """

@@ -107,11 +107,11 @@ def test_mistakes_are_one_sentence(run, tmp_path: Path) -> None:
         (tmp_path / "out" / "train.parquet").unlink()
         run([("a", "1")], [], template="Think.")
     console = Console(False)
-    with pytest.raises(ConfigError, match="no public training set; there are gsm8k, deepmath"):
+    with pytest.raises(ConfigError, match="not a public training set; there are gsm8k, deepmath"):
         prepare("gsm9k", tmp_path / "a.parquet", [], 13, False, None, console)
     with pytest.raises(ConfigError, match=r"must end in \.parquet"):
         prepare("gsm8k", tmp_path / "a.json", [], 13, False, None, console)
-    with pytest.raises(ConfigError, match="'aime23' is no evaluation set"):
+    with pytest.raises(ConfigError, match="'aime23' is not an evaluation set"):
         prepare("gsm8k", tmp_path / "a.parquet", ["aime23"], 13, False, None, console)
 
 

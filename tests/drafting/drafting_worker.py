@@ -21,7 +21,7 @@ from megatron_rl.drafting.online_drafter import CHECKPOINT_NAME, Drafting, froze
 from megatron_rl.drafting.tail_filler import TailFiller
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.checkpoint import latest_step, load_checkpoint, load_tensors, save_checkpoint
+from megatron_rl.trainer.checkpoint import latest_step, load_checkpoint, load_state, save_checkpoint
 from megatron_rl.trainer.trainer import Trainer
 from tests.hf_models import VOCAB, random_sequences
 from tests.models.parity_worker import make_config
@@ -61,7 +61,7 @@ def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_a
     done = latest_step(run_dir) or 0
     if done:
         load_checkpoint(trainer, run_dir, done)
-        drafting.restore(load_tensors(run_dir, done, CHECKPOINT_NAME))
+        drafting.restore(load_state(run_dir, done, CHECKPOINT_NAME))
     drafting.start()
     prompts, responses = random_sequences(96)
     metrics = []
@@ -74,7 +74,7 @@ def run_steps(config: Config, runtime: Runtime, run_dir: str, steps: int, save_a
         trainer.imitate(batch)
         metrics.append(drafting.finish_step(step, 1.0, 100, {}))
         if step == save_at:
-            save_checkpoint(trainer, run_dir, step, 1, tensors={CHECKPOINT_NAME: drafting.state()})
+            save_checkpoint(trainer, run_dir, step, 1, {CHECKPOINT_NAME: drafting.state()})
     Path(run_dir).mkdir(exist_ok=True)
     drafting.timeline.write(Path(run_dir))
     weights = {"head": drafting.head.state_dict(), "live": drafting.live.head.state_dict()}

@@ -34,7 +34,7 @@ def test_a_line_that_a_crash_cut_off_does_not_count(tmp_path: Path) -> None:
 def test_another_line_that_is_no_result_is_named(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path, "set")
     file.file.write_text('{"a": 1}\n')
-    with pytest.raises(ConfigError, match=r"set\.jsonl:1 is no result"):
+    with pytest.raises(ConfigError, match=r"set\.jsonl:1 is not a result"):
         file.read()
 
 

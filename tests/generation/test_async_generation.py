@@ -137,7 +137,7 @@ def test_partial_steps_do_not_wait_for_stragglers_and_lose_nothing_of_them(make)
     rounds = fleet.rounds
     time.sleep(0.02)
     assert fleet.rounds == rounds, "without async_steps the engines are stopped"
-    begun = {key: rollout.token_ids for key, rollout in overlap.pool.begun.items()}
+    begun = {key: rollout.token_ids for key, rollout in overlap.pool.unfinished.items()}
     fleet.held, fleet.version = lambda request: False, 1
     groups, metrics = overlap.take(2)
     assert 1 in numbers(groups)

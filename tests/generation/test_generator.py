@@ -118,22 +118,22 @@ def test_rewards_match_the_prompts_answers(make):
     scored = generator.training_rollouts(1)
     expected = [float(answers[rollout.prompt_id] == "1") for rollout in scored.rollouts]
     assert scored.rewards == expected
-    assert generator.metrics["response/length_mean"] == 2
+    assert scored.metrics["response/length_mean"] == 2
 
 
 def test_a_broken_reward_is_counted(make):
     generator, _, _ = make(function="tests.generation.test_generator:raising_reward")
     scored = generator.training_rollouts(1)
     assert scored.rewards == [0.0] * 8
-    assert generator.metrics["reward/errors"] == 8
+    assert scored.metrics["reward/errors"] == 8
     generator.close()
 
 
 def test_evaluation_reports_every_set(make):
     generator, fleet, _ = make()
-    generator.evaluate(0)
+    metrics = generator.evaluate(0)
     assert all(request.temperature == 0 for request in fleet.seen)
-    assert 0 <= generator.metrics["eval/arithmetic-heldout/greedy_accuracy"] <= 1
+    assert 0 <= metrics["eval/arithmetic-heldout/greedy_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -143,23 +143,23 @@ def test_engines_sleep_after_the_rollouts_of_a_step_and_not_after_an_evaluation(
     generator._config = config.model_copy(update={"rollout": rollout})
     generator.evaluate(0)
     assert fleet.slept == 0
-    generator.training_rollouts(1)
+    metrics = generator.training_rollouts(1).metrics
     assert fleet.slept == level
-    assert ("time/sleep" in generator.metrics) == bool(level)
+    assert ("time/sleep" in metrics) == bool(level)
 
 
 def test_speculation_is_measured_when_the_engines_draft(make):
     generator, fleet, _ = make({"speculation": {"adaptive": "thompson"}})
-    generator.training_rollouts(1)
-    assert not any(name.startswith("speculation/") for name in generator.metrics)
+    metrics = generator.training_rollouts(1).metrics
+    assert not any(name.startswith("speculation/") for name in metrics)
     counts = SpeculationCounts(
         steps=4, verifications=8, drafted=10, accepted=4, emitted=12, seconds=2.0, draft_seconds=0.5
     )
     counts.chosen[8, "ngram:2"] = 4
     counts.drafted_by["ngram"], counts.accepted_by["ngram"] = 10, 4
     fleet.counts = [counts]
-    generator.training_rollouts(2)
-    measured = {name.removeprefix("speculation/"): v for name, v in generator.metrics.items() if "speculation" in name}
+    metrics = generator.training_rollouts(2).metrics
+    measured = {name.removeprefix("speculation/"): v for name, v in metrics.items() if "speculation" in name}
     assert measured == {
         "draft_token_fraction": 0.5,  # one of two tokens
         "tokens_per_verification": 1.5,
@@ -176,7 +176,7 @@ def test_the_second_epoch_takes_the_responses_of_the_first_along(make):
     seeds: dict[tuple[str, int], int] = {}
     reused = 0
     for step in range(1, 6):  # 5 prompts, 4 per step
-        generator.training_rollouts(step)
+        metrics = generator.training_rollouts(step).metrics
         before = dict(seeds)
         for request in fleet.seen:
             key = request.prompt_id, request.sample_index
@@ -186,8 +186,8 @@ def test_the_second_epoch_takes_the_responses_of_the_first_along(make):
             seeds[key] = request.seed
             reused += seed is not None
     assert reused >= 5 * 8 - 3 * 10
-    assert generator.metrics["group/distinct_responses"] == 0.5, "the fleet always says the same, to groups of two"
-    assert generator.metrics["history/responses"] == 10
+    assert metrics["group/distinct_responses"] == 0.5, "the fleet always says the same, to groups of two"
+    assert metrics["history/responses"] == 10
 
 
 class KnowingFleet(EchoFleet):
@@ -237,20 +237,20 @@ def test_dynamic_sampling_goes_on_through_the_order_until_the_step_is_full(sampl
         assert [(request.prompt_id, request.epoch) for request in fleet.seen[::2]] == asked
         assert [(rollout.prompt_id, rollout.epoch) for rollout in scored.rollouts[::2]] == kept
         assert scored.rewards == [1.0, 0.0] * 4
-        assert generator.metrics["sampling/prompts"] == len(asked)
-        assert generator.metrics["sampling/filled_prompts"] == 0
-        assert generator.metrics["reward/mean"] == pytest.approx(2 / len(asked)), "over the dropped ones too"
+        assert scored.metrics["sampling/prompts"] == len(asked)
+        assert scored.metrics["sampling/filled_prompts"] == 0
+        assert scored.metrics["reward/mean"] == pytest.approx(2 / len(asked)), "over the dropped ones too"
     assert generator.refills == position - 12
 
 
 def test_dynamic_sampling_resumes_where_it_was(sampling):
     whole, fleet = sampling(9)
     steps = [whole.training_rollouts(1)]
-    refills = whole.refills
+    refills = whole.state()
     assert refills > 0
     steps.append(whole.training_rollouts(2))
     resumed, _ = sampling(9)
-    resumed.refills = refills
+    assert resumed.restore(refills)
     assert resumed.training_rollouts(2) == steps[1]
     assert resumed.refills == whole.refills
 
@@ -263,16 +263,16 @@ def test_dynamic_sampling_stops_at_its_limit_and_says_so(sampling):
     assert [(rollout.prompt_id, rollout.epoch) for rollout in scored.rollouts] == [
         (request.prompt_id, request.epoch) for request in fleet.seen[:8]
     ]
-    assert generator.metrics["sampling/filled_prompts"] == 4
-    assert generator.metrics["sampling/dropped_fraction"] == 1
+    assert scored.metrics["sampling/filled_prompts"] == 4
+    assert scored.metrics["sampling/dropped_fraction"] == 1
 
 
 def test_dynamic_sampling_reuses_the_responses_of_dropped_prompts(make):
     generator, fleet, _ = make({"history": {"mode": "coupled", "refresh": 0.0}}, algorithm={"dynamic_sampling": 1})
-    generator.training_rollouts(1)  # nothing is right: 8 visits to 5 prompts
+    metrics = generator.training_rollouts(1).metrics  # nothing is right: 8 visits to 5 prompts
     first = {(request.prompt_id, request.sample_index) for request in fleet.seen if request.past is None}
     assert len(first) == 10
-    assert generator.metrics["history/responses"] == 10
+    assert metrics["history/responses"] == 10
     generator.training_rollouts(2)
     # Every prompt is visited twice at most; a second visit within a step is plain.
     assert sum(request.past is not None for request in fleet.seen) == 10
@@ -287,7 +287,7 @@ def test_a_step_ahead_has_the_prompts_seeds_and_rewards_that_it_has_without(make
             (r.prompt_id, r.sample_index, r.epoch, r.seed) for r in expected.rollouts
         ]
         assert scored.rewards == expected.rewards
-        assert ahead.metrics["reward/mean"] == plain.metrics["reward/mean"]
+        assert scored.metrics["reward/mean"] == expected.metrics["reward/mean"]
         ahead.overlap.pause()
     assert {(r.prompt_id, r.epoch) for r in fleet.seen}.isdisjoint({(r.prompt_id, r.epoch) for r in scored.rollouts})
     for generator in (plain, ahead):

@@ -177,7 +177,7 @@ def half_done() -> Pool:
 
 def test_a_restored_pool_goes_on_as_the_saved_one() -> None:
     pool, restored = half_done(), Pool(make_config(async_steps=1, partial=True), ask)
-    assert pool.begun
+    assert pool.unfinished
     assert restored.restore(saved(pool.state()))
     for each in (pool, restored):
         each.open(2)

@@ -65,5 +65,5 @@ def test_the_choice_reward_compares_letters() -> None:
     assert choice("", r"\boxed{B}", "B") == 1.0
     assert choice("", r"\boxed{B}", "C") == 0.0
     assert choice("", "no idea", "C") == 0.0
-    with pytest.raises(ValueError, match="'12' is no letter"):
+    with pytest.raises(ValueError, match="'12' is not a letter"):
         choice("", r"\boxed{B}", "12")

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from megatron_rl.algorithms import load_algorithm
 from megatron_rl.config import Config
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.trainer.batch import Batch, with_values
 from megatron_rl.trainer.checkpoint import save_checkpoint
-from megatron_rl.trainer.trainer import Trainer
+from megatron_rl.trainer.trainer import Trainer, UpdateResult
 from tests.hf_models import VOCAB
 
 FORMS = {
@@ -55,6 +56,10 @@ def gradients_of(trainer: Trainer) -> PolicyWeights:
     return gradients
 
 
+def update(trainer: Trainer, batch: Batch) -> UpdateResult:
+    return trainer.update(batch, load_algorithm(trainer.config.algorithm))
+
+
 def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     """Per form, aggregation and micro-batch size: metrics of an update and this rank's pieces of its gradients.
 
@@ -75,8 +80,8 @@ def corrected(trainer: Trainer, model: Path, batch: Batch) -> dict:
         for tokens in (128, 1):
             train = config.train.model_copy(update={"tokens_per_microbatch": tokens})
             trainer.config = config.model_copy(update={"train": train})
-            metrics = trainer.update(moved(batch) if case[1] in ALGORITHMS else batch)
-            results[*case, tokens] = {"metrics": metrics, "gradients": pieces(gradients)}
+            done = update(trainer, moved(batch) if case[1] in ALGORITHMS else batch)
+            results[*case, tokens] = {"metrics": done.metrics, "gradients": pieces(gradients)}
     return results
 
 
@@ -90,12 +95,13 @@ def scored(trainer: Trainer, model: Path, batch: Batch) -> dict:
         without = Batch(batch.prompts, batch.responses, rest)
         before = with_values(without, old_logprobs=trainer.logprobs(batch))
         for name, given in (("before", before), ("in update", without)):
+            done = update(trainer, given)
             results[form, name] = {
-                "metrics": trainer.update(given),
+                "metrics": done.metrics,
                 "gradients": pieces(gradients),
-                "old_logprobs": trainer.old_logprobs,
-                "correction": trainer.correction.metrics(),
-                "weights": trainer.correction.weights,
+                "old_logprobs": done.old_logprobs,
+                "correction": done.correction.metrics(),
+                "weights": done.correction.weights,
             }
     return results
 
@@ -112,11 +118,11 @@ def out_of_reach(batch: Batch) -> Batch:
 def rejected(trainer: Trainer, model: Path, batch: Batch) -> dict:
     """An update as usual, which gives the optimizer momentum, and one whose tokens are all rejected."""
     trainer.config = make_config(model, {"veto": 1e-3})
-    usual = trainer.update(batch)
+    usual = update(trainer, batch).metrics
     before = pieces(trainer.weights)
-    metrics = trainer.update(out_of_reach(batch))
+    metrics = update(trainer, out_of_reach(batch)).metrics
     after = pieces(trainer.weights)
-    again = trainer.update(batch)
+    again = update(trainer, batch).metrics
     return {"usual": usual, "metrics": metrics, "before": before, "after": after, "again": again}
 
 
@@ -128,7 +134,7 @@ def main() -> None:
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
     # Even a run that has rejected everything so far can be saved.
     trainer.config = make_config(model, {"veto": 1e-3})
-    trainer.update(out_of_reach(batch))
+    update(trainer, out_of_reach(batch))
     save_checkpoint(trainer, str(output / "run"), 1, 1)
     # Reduce-scattered gradients would be whole on no rank.
     trainer.model.config.finalize_model_grads_func = lambda *arguments, **options: finalize_model_grads(

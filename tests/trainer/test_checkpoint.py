@@ -9,7 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.model_folder import DRAFT, REPLACED
-from megatron_rl.trainer.checkpoint import checkpoint_folder, latest_step, load_driver_state, remove_old_checkpoints
+from megatron_rl.trainer.checkpoint import (
+    checkpoint_folder,
+    latest_step,
+    load_state,
+    remove_old_checkpoints,
+    saved_states,
+)
 from tests.hf_models import make_models
 from tests.launching import run_workers
 
@@ -59,13 +65,14 @@ def test_export_loads_in_transformers(interrupted):
 
 def test_a_checkpoint_holds_what_the_driver_keeps(interrupted, tmp_path: Path):
     root, _ = interrupted
-    assert load_driver_state(root / "run", 2, "rank") == 0
-    assert load_driver_state(root / "run", 2, "unknown") is None
+    assert load_state(root / "run", 2, "rank") == 0
+    assert load_state(root / "run", 2, "unknown") is None
+    assert saved_states(root / "run", 2) == ["rank"]
     broken = checkpoint_folder(tmp_path, 3) / "driver" / "rank.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
     with pytest.raises(ConfigError, match=r"rank\.json cannot be read .*; remove it"):
-        load_driver_state(tmp_path, 3, "rank")
+        load_state(tmp_path, 3, "rank")
 
 
 def test_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_rl.algorithms import load_algorithm
 from megatron_rl.config import Config
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
@@ -38,6 +39,7 @@ def main() -> None:
     )
     runtime = initialize(config)
     trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, 1.0)
+    algorithm = load_algorithm(config.algorithm)
     batch = Batch(*random_sequences(8))
     old = trainer.logprobs(batch)
     good = with_values(batch, old_logprobs=old, rollout_logprobs=old, advantages=torch.ones(batch.tokens))
@@ -53,7 +55,7 @@ def main() -> None:
 
     def update(batch: Batch) -> dict:
         before = state()
-        metrics = trainer.update(batch)
+        metrics = trainer.update(batch, algorithm).metrics
         after = state()
         same = len(before) == len(after) and all(map(torch.equal, before, after))
         return {"metrics": metrics, "same": same, "finite": all(bool(value.isfinite().all()) for value in after)}
@@ -62,7 +64,7 @@ def main() -> None:
     steps = [update(part) for part in (good, bad, bad, good, bad, bad)]
     sentence = ""
     try:
-        trainer.update(bad)
+        trainer.update(bad, algorithm)
     except RuntimeError as error:
         sentence = str(error)
     torch.save({"steps": steps, "sentence": sentence}, output / f"rank{runtime.rank}.pt")
