@@ -4,7 +4,7 @@ With this package installed, they act on every vLLM process, through the plugin 
 
 - `FLASHRL_CONFIG`: bf16 leaves the model as it is, and log-probs become those of the distribution that was sampled
   (temperature, top-k, top-p and masks included), which importance sampling needs; fp8 and int8 quantize the linear
-  layers as well, anew at every update; so does the path of a file that `megatron-rl quantize setup` wrote.
+  layers as well, again at every update; so does the path of a file that `megatron-rl quantize setup` wrote.
 - `FLASHRL_LMHEAD_FP32=1`: logits are computed in float32.
 - `FLASHRL_TEST_RELOAD=1`: after loading, the same weights are loaded once more, and the process ends if that changes
   anything.
@@ -209,7 +209,7 @@ def _fingerprints(model: Module) -> dict[str, str]:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     found = {name: _digest(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    # On CPU the plain layers multiply with packed copies that are no parameters.
+    # On CPU the plain layers multiply with packed copies that are not parameters.
     for name, layer in model.named_modules():
         if isinstance(layer, LinearBase | ParallelLMHead):
             columns = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim

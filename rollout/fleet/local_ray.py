@@ -1,4 +1,4 @@
-"""Ray for the engines: the cluster of RAY_ADDRESS, or one of this machine that nobody else can reach."""
+"""Ray for the engines: the cluster of RAY_ADDRESS, or one on this machine that other machines cannot reach."""
 
 import logging
 import os

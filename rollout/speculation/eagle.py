@@ -56,7 +56,7 @@ def head_arguments(config: Config, folder: str | None) -> dict[str, Any]:
     return {
         "method": kind,
         "model": folder,
-        # The policy may start with random weights, which the trainer replaces; nobody replaces the head's.
+        # The policy may start with random weights, which the trainer replaces; the head needs those in its folder.
         "draft_load_config": {"load_format": "auto"},
     }
 

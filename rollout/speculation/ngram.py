@@ -60,7 +60,7 @@ class NgramDrafts:
 
     @classmethod
     def empty(cls, requests: int, width: int) -> "NgramDrafts":
-        """Room for so many requests."""
+        """Buffers for this many requests."""
         arrays = (
             np.zeros((requests, width), dtype=np.int32),
             np.zeros((requests, width), dtype=np.float32),
