@@ -69,7 +69,7 @@ format: $(READY)  ## put imports and lines in order
 
 # The site needs no network, neither to be built nor to be read.
 docs: $(READY)  ## the site of docs/ in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The CPU cores of csrc, without torch or Python, under the address and undefined-behaviour sanitizers.
 sanitize: $(SANITIZED)/verify_driver $(SANITIZED)/logprobs_driver $(SANITIZED)/int8_driver  ## the CPU cores of csrc under the sanitizers
@@ -115,4 +115,4 @@ clean:  ## remove what was built; .venv and runs/ stay
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-20s  %s\n", $$1, $$2}'

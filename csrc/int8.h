@@ -1,4 +1,4 @@
-// Linear layers in W8A8 on CPUs with AVX-512 VNNI, without torch. rollout/quantization/int8.py says what they compute.
+// Linear layers in W8A8 on CPUs with AVX-512 VNNI, without torch; documented in rollout/quantization/int8.py.
 
 #pragma once
 

@@ -1,5 +1,5 @@
 // Linear layers in W8A8 on CPUs with AVX-512 VNNI: weights are quantized and packed in one pass, and a product
-// quantizes its rows itself. Interface and rules are documented in rollout/quantization/int8.py, beside a reference in PyTorch.
+// quantizes its rows itself. Interface and rules are documented in rollout/quantization/int8.py, beside a reference.
 //
 // A packed weight is a sequence of blocks of 64 output channels; within a block, four consecutive inputs of all 64
 // channels follow one another, as the instruction `vpdpbusd` wants them. That instruction multiplies unsigned by signed
@@ -56,7 +56,7 @@ struct Row {
 };
 
 // Quantizes a row symmetrically to `out`, padded with zeros to `padded` bytes; returns its scale. What lies beyond
-// `clip` of the largest element is cut. Adds to `rounding`, if there is one.
+// `clip` of the largest element is clipped. Adds to `rounding`, if there is one.
 template <class T>
 float quantize_row(const Row<T>& row, float clip, int64_t size, int64_t padded, int8_t* out, Int8Rounding* rounding) {
   __m512 largest = _mm512_setzero_ps();
@@ -98,7 +98,7 @@ void pack_block(const Int8Rows& from, float clip, const Int8Weight& to, int64_t 
   const int64_t apart = padded + 64;  // of two channels in `rows`: at a power of two they would share cache sets
   std::vector<int8_t> rows(16 * apart);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(apart)));
+  const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(apart)));
   for (int64_t part = 0; part < kChannels; part += 16) {
     const int64_t first = block * kChannels + part;
     const int64_t live = std::clamp<int64_t>(to.channels - first, 0, 16);
@@ -110,7 +110,7 @@ void pack_block(const Int8Rows& from, float clip, const Int8Weight& to, int64_t 
     int8_t* target = to.blocks + block * kChannels * padded + part * kQuad;
     __m512i sum = _mm512_setzero_si512();
     for (int64_t i = 0; i < padded; i += kQuad) {
-      const __m512i quads = _mm512_i32gather_epi32(places, rows.data() + i, 1);
+      const __m512i quads = _mm512_i32gather_epi32(offsets, rows.data() + i, 1);
       _mm512_storeu_si512(target + i * kChannels, quads);
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), quads);
     }

@@ -1,7 +1,7 @@
 // Log-probabilities of given tokens on the CPU, without torch: the sums they are made of, and their gradient.
 //
-// megatron_rl/models/vocab_parallel_logprobs.py says what the operators do. Work is cut into runs of columns whose borders depend on nothing
-// but the shape, so results do not depend on the number of threads.
+// megatron_rl/models/vocab_parallel_logprobs.py documents the operators. Work is divided into runs of columns whose
+// borders depend on nothing but the shape, so results do not depend on the number of threads.
 
 #pragma once
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-// Rows are cut into runs of so many columns: enough of them for many threads, even of a few rows.
+// Rows are divided into runs of this many columns: enough runs for many threads, even with few rows.
 constexpr int64_t kRun = 16384;
 // With fewer logits than this for a thread, handing them over costs more than it gains.
 constexpr int64_t kGroupLogits = 32768;

@@ -2,9 +2,9 @@
 //
 // Every token of every sequence is counted as "what follows" each of its contexts, the last n tokens for a few orders n,
 // once among the sequences of its group (the samples of one prompt, and that prompt) and once among all. A draft walks
-// these counts: at each place it takes the continuation whose evidence has been right most often. How often evidence of
-// each kind (order, count, agreement) was right is learned by comparing every draft with the tokens that came, whether or
-// not the draft was verified.
+// these counts: at each position it takes the continuation whose evidence has been right most often. How often evidence
+// of each kind (order, count, agreement) was right is learned by comparing every draft with the tokens that were
+// emitted, whether or not the draft was verified.
 //
 // Contexts are kept by a 64-bit hash in two generations of bounded size: when the young one is full it becomes the old
 // one and the oldest counts are forgotten. A hash collision costs a wrong draft, which verification rejects.
@@ -60,7 +60,7 @@ void count_next(Context& context, int32_t token) {
   } else if (!context.count[0]) {
     context.next[0] = token;
     context.count[0] = 1;
-  } else if (context.count[1] <= 1) {  // a newcomer takes the place of a continuation seen once
+  } else if (context.count[1] <= 1) {  // a new continuation replaces one that was counted once
     context.next[1] = token;
     context.count[1] = 1;
   }
@@ -72,21 +72,21 @@ class Generation {
   explicit Generation(size_t capacity_limit) : limit_(capacity_limit), slots_(std::min<size_t>(1024, capacity_limit)) {}
 
   Context* find(uint64_t key) {
-    for (size_t place = key & (slots_.size() - 1);; place = (place + 1) & (slots_.size() - 1)) {
-      if (slots_[place].key == key) return &slots_[place];
-      if (slots_[place].key == 0) return nullptr;
+    for (size_t slot = key & (slots_.size() - 1);; slot = (slot + 1) & (slots_.size() - 1)) {
+      if (slots_[slot].key == key) return &slots_[slot];
+      if (slots_[slot].key == 0) return nullptr;
     }
   }
 
   // The context of `key`, new if need be; nullptr when the generation is full.
   Context* insert(uint64_t key) {
     if ((used_ + 1) * 4 > slots_.size() * 3 && !grow()) return nullptr;
-    for (size_t place = key & (slots_.size() - 1);; place = (place + 1) & (slots_.size() - 1)) {
-      if (slots_[place].key == key) return &slots_[place];
-      if (slots_[place].key == 0) {
-        slots_[place].key = key;
+    for (size_t slot = key & (slots_.size() - 1);; slot = (slot + 1) & (slots_.size() - 1)) {
+      if (slots_[slot].key == key) return &slots_[slot];
+      if (slots_[slot].key == 0) {
+        slots_[slot].key = key;
         used_++;
-        return &slots_[place];
+        return &slots_[slot];
       }
     }
   }
@@ -100,9 +100,9 @@ class Generation {
     old.swap(slots_);
     for (const Context& context : old) {
       if (context.key == 0) continue;
-      size_t place = context.key & (slots_.size() - 1);
-      while (slots_[place].key != 0) place = (place + 1) & (slots_.size() - 1);
-      slots_[place] = context;
+      size_t slot = context.key & (slots_.size() - 1);
+      while (slots_[slot].key != 0) slot = (slot + 1) & (slots_.size() - 1);
+      slots_[slot] = context;
     }
     return true;
   }
@@ -264,7 +264,7 @@ class Index {
     return best;
   }
 
-  // Learn from what came in place of the next guess; after a wrong one the rest of the draft says nothing.
+  // Learn from what was emitted instead of the next guess; after a wrong one the rest of the draft says nothing.
   void compare(Sequence& sequence, int32_t token) {
     if (sequence.checked == sequence.guesses.size()) return;
     const Guess guess = sequence.guesses[sequence.checked++];
@@ -313,9 +313,9 @@ EXPORT void ngram_propose(void* index, int64_t count, const int64_t* ids, const 
   for (int64_t i = 0; i < count; i++) {
     float* mine = chances + i * width;
     lengths[i] = static_cast<Index*>(index)->propose(ids[i], limits[i], threshold, tokens + i * width, mine);
-    for (int place = 0; place < lengths[i]; place++) {
-      drafted[place + 1] += 1.0;
-      accepted[place + 1] += mine[place];
+    for (int position = 0; position < lengths[i]; position++) {
+      drafted[position + 1] += 1.0;
+      accepted[position + 1] += mine[position];
     }
   }
   for (int64_t k = 1; k <= width; k++) {

@@ -1,8 +1,9 @@
 // The noise of coupled sampling: one definition for SIMD code, CUDA code and scalar code.
 //
 // A 32-bit murmur3 hash of (seed, position, token id) stands for the uniform u = (hash + 0.5) / 2^32, and the Gumbel
-// noise of the token is g = -log(-log(1 - u)): the stream of vLLM's V2 sampler and of rollout/sampling/gumbel_noise.py. The logarithm
-// is written out here, in operations that IEEE 754 rounds exactly, so that CPU and CUDA compute the same bits.
+// noise of the token is g = -log(-log(1 - u)): the stream of vLLM's V2 sampler and of rollout/sampling/gumbel_noise.py.
+// The logarithm is written out here, in operations that IEEE 754 rounds exactly, so that CPU and CUDA compute the same
+// bits.
 //
 // Everything is in an anonymous namespace on purpose: the files that include this are compiled for different
 // instruction sets, and the linker must not merge their copies.
@@ -24,8 +25,8 @@ constexpr uint32_t kMurmurFinal1 = 0x85EBCA6Bu;
 constexpr uint32_t kMurmurFinal2 = 0xC2B2AE35u;
 constexpr uint32_t kHashedBytes = 16;  // seed (8), position (4), token id (4)
 
-// Stands in the token's place in the hash behind the lenient rule's uniform. No vocabulary has such a token, so that
-// uniform is as independent of the Gumbel noise as the noise of two tokens is of each other.
+// Hashed instead of a token id for the lenient rule's uniform. No vocabulary has such a token, so that uniform is as
+// independent of the Gumbel noise as the noise of two tokens is of each other.
 constexpr uint32_t kAcceptanceBlock = 0xFFFFFFFFu;
 
 HOST_DEVICE bool is_nan(float x) { return x != x; }

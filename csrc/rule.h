@@ -7,7 +7,8 @@
 #include "half.h"
 #include "noise.h"
 
-// The arguments of megatron_rl::verify_tokens (DESIGN, section 6) as plain pointers.
+// The arguments of megatron_rl::verify_tokens as plain pointers; rollout/sampling/verify.py documents them, and
+// docs/architecture.md says what verification is for.
 struct VerifyArguments {
   const void* logits;      // [rows, vocab]
   Dtype dtype;
@@ -84,7 +85,7 @@ HOST_DEVICE bool accepts_leniently(float now, float then, float lenience, uint32
   return log_acceptance_uniform(row) <= bound;
 }
 
-// What one row of logits says, once its whole vocabulary has been read.
+// The result of one row of logits, once its whole vocabulary has been read.
 struct RowResult {
   int32_t token;          // the coupled sample
   float scaled;           // its logit / temperature
@@ -106,12 +107,12 @@ HOST_DEVICE float scaled_logit(const VerifyArguments& arguments, int64_t request
 struct Verdict {
   int32_t token;   // to emit
   float scaled;    // its logit / temperature
-  bool continues;  // the next row is to be looked at
+  bool continues;  // the request's next row counts too
 };
 
-// The verdict on row `row_of_request` of a request.
-HOST_DEVICE Verdict judge(const VerifyArguments& arguments, int64_t request, int64_t row_of_request,
-                          const RowResult& row) {
+// Accepts or rejects the draft of row `row_of_request` of a request.
+HOST_DEVICE Verdict verify_row(const VerifyArguments& arguments, int64_t request, int64_t row_of_request,
+                               const RowResult& row) {
   const int64_t first = arguments.cu_rows[request];
   const bool has_draft = first + row_of_request + 1 < arguments.cu_rows[request + 1];
   if (!has_draft) return {row.token, row.scaled, false};

@@ -118,13 +118,13 @@ class Walk {
     return combine(&sums_[place * tiles_], tiles_, &bests_[place * shares_], shares_);
   }
 
-  // Writes what the row says; whether the request goes on.
+  // Writes the result of the row; returns whether the request continues.
   bool emit(int64_t request, int64_t row, const RowResult& result) {
     if (result.problem != Problem::kNone) {
       refuse(a_, request, result.problem, row);
       return false;
     }
-    const Verdict verdict = judge(a_, request, row, result);
+    const Verdict verdict = verify_row(a_, request, row, result);
     const int64_t out = request * a_.max_rows + row;
     a_.tokens[out] = verdict.token;
     a_.logprobs[out] = static_cast<float>(verdict.scaled - result.log_normalizer);

@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kResolveThreads = 128;
 constexpr int kResolveWarps = kResolveThreads / 32;
-// Fixed, so that a row is cut in the same way in every batch.
+// Fixed, so that a row is divided in the same way in every batch.
 constexpr int64_t kSlice = 8192;
 constexpr int kPerThread = 16;  // logits that a thread has in flight: four or two 16-byte loads
 constexpr float kLog2E = 1.44269504f;
@@ -268,7 +268,7 @@ __device__ int32_t problem_of(const VerifyArguments& a, int64_t request) {
   return encode_problem(check_draft(a, request, first - request + bad_row), bad_row);
 }
 
-// Writes what a row says; whether the request goes on. One thread calls this.
+// Writes the result of a row; returns whether the request continues. One thread calls this.
 __device__ bool emit(const VerifyArguments& a, int64_t request, int64_t row, const RowResult& result) {
   const int64_t out = request * a.max_rows;
   if (result.problem != Problem::kNone) {
@@ -279,7 +279,7 @@ __device__ bool emit(const VerifyArguments& a, int64_t request, int64_t row, con
     a.num_emitted[request] = encode_problem(result.problem, row);
     return false;
   }
-  const Verdict verdict = judge(a, request, row, result);
+  const Verdict verdict = verify_row(a, request, row, result);
   a.tokens[out + row] = verdict.token;
   a.logprobs[out + row] = static_cast<float>(verdict.scaled - result.log_normalizer);
   a.num_emitted[request] = static_cast<int32_t>(row) + 1;

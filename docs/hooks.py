@@ -37,7 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links between docs/ and the rest of the repository, as they are right in the site.
 
-    A link to a file that the site does not have (code, a config) becomes its text.
+    A link to a file that the site does not have (code, a config) becomes its text; one to nothing stays, for mkdocs to
+    refuse.
     """
     outside = _outside()
     sources = {uri: file for file, uri in outside.items()}
@@ -49,7 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = posixpath.normpath(posixpath.join(folder, path))
         uri = outside.get(target, target.removeprefix("docs/") if target.startswith("docs/") else "")
         if files.get_file_from_path(uri) is None:
-            return text
+            return text if (ROOT / target).exists() else link.group()
         return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(here) or '.')}{anchor})"
 
     return LINK.sub(in_site, markdown)

@@ -1,6 +1,7 @@
-"""The drafter of speculative decoding: the EAGLE head, how it learns, how it is judged, and its files.
+"""The drafter of speculative decoding: the EAGLE head, its training and evaluation, and its files.
 
-Read `packed.py` (terms and data), `head.py` (the model), `loss.py` (training), `acceptance.py` (judging) and
-`checkpoint.py` (vLLM's format); then `store.py` and `trainer.py` (training in slices), `publication.py` (which head the
-engines get), and `slices.py`, `fill.py` and `bubbles.py` (where slices run).
+A reading order: in `eagle/`, `packed_rows.py` (terms and data), `head.py` (the model), `draft_loss.py` (its loss),
+`expected_acceptance.py` (its evaluation) and `head_files.py` (vLLM's format). Then, in `training/`, `feature_store.py`
+and `head_trainer.py` (training in slices) and `publication.py` (which head the engines get). Then, in `idle_time/`,
+`slices.py`, `wait_filler.py` and `pipeline_bubbles.py` (when slices run).
 """

@@ -1,5 +1,6 @@
 """The `megatron-rl` command. Heavy packages are imported inside the commands, so that `--help` answers at once."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -357,7 +358,14 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
 
 
 def main() -> None:
-    """Console script: a user's mistake is one line on stderr and exit status 2."""
+    """Console script: a user's mistake is one line on stderr and exit status 2.
+
+    Modules in the current folder can be imported (a reward, an algorithm or a data source of one's own), as they can in
+    the trainer processes, which `python -m` starts.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, folder)
     try:
         app()
     except ConfigError as error:

@@ -15,7 +15,7 @@ def load_operators(library: Path) -> None:
     Raises:
         ImportError: when it has not been built, or was built for another torch; the message says what to do.
     """
-    name = f"{library.parent.name}/{library.name}"
+    name = "/".join(library.parts[-3:])
     if not library.is_file():
         raise ImportError(f"The native library {name} has not been built: {_REMEDY}.")
     try:

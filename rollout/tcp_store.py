@@ -1,6 +1,6 @@
-"""torch's TCPStore, by which processes find each other, on the one address that it is for.
+"""torch's TCPStore, through which processes find each other, bound to the one address that it is for.
 
-torch lets it listen on all addresses of the machine, and it asks nobody for a token.
+torch lets it listen on all addresses of the machine, without any authentication.
 """
 
 import socket
@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 def bound_store(host_name: str, port: int, *, is_master: bool, **options: Any) -> TCPStore:
     """`TCPStore(host_name, port, is_master=is_master, **options)`, listening on the address of `host_name` alone.
 
-    Where that cannot be known, or is not this machine's, it listens where torch lets it.
+    Where that address cannot be determined, or is not this machine's, it listens where torch lets it.
     """
     address = own_address(host_name) if is_master else None
     if address is not None:
@@ -29,8 +29,11 @@ def bound_store(host_name: str, port: int, *, is_master: bool, **options: Any) -
 
 
 def own_address(host_name: str) -> str | None:
-    """The address that others reach this machine by as `host_name`; None where it knows itself by a loopback address
-    that they do not know it by, as many machines do that have their own name in `/etc/hosts`."""
+    """The address by which others reach this machine as `host_name`.
+
+    None where the name resolves to a loopback address here, which is not what others get: many machines have their own
+    name in `/etc/hosts`.
+    """
     try:
         address = str(socket.getaddrinfo(host_name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -40,13 +43,13 @@ def own_address(host_name: str) -> str | None:
 
 
 def bind_process_groups() -> None:
-    """From now on, stores of this process's process groups are `bound_store`s."""
+    """Use `bound_store` for the process groups of this process from now on."""
     # As an attribute of torch.distributed the name is a function.
     import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore[attr-defined]
 
 
 def bind_torchrun() -> None:
-    """The same for torchrun in this process: its own store and the one that it makes for the trainers."""
+    """Use it for torchrun in this process too: for its own store and the one that it makes for the trainers."""
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
 
     def create(self: object, master_addr: str, master_port: int) -> TCPStore:

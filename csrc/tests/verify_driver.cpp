@@ -81,7 +81,7 @@ struct Batch {
       int64_t row = 0;
       for (; continues; ++row) {
         const RowResult result = sample(b, cu_rows[b] + row);
-        const Verdict verdict = judge(arguments, b, row, result);
+        const Verdict verdict = verify_row(arguments, b, row, result);
         const int64_t out = b * arguments.max_rows + row;
         expect(tokens[out] == verdict.token, name + ": token");
         expect(std::fabs(logprobs[out] - (verdict.scaled - result.log_normalizer)) < 1e-4, name + ": log-probability");

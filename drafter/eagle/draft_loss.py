@@ -1,11 +1,11 @@
-"""How the head learns: training-time test against the policy's own distribution (EAGLE-3, arXiv 2503.01840).
+"""The head's loss: training-time test against the policy's own distribution (EAGLE-3, arXiv 2503.01840).
 
-The draft is unrolled as the engine uses it: step i reads what the head itself put out in step i - 1, with the tokens
-that the policy really sampled. Each step's target is soft, the policy's distribution at temperature 1, restricted to
-the draft vocabulary and renormalised there; tokens that engines never sample (see `FrozenPolicy`) take no part. As in
-EAGLE-3, a position does not count when the policy's most likely token is outside the draft vocabulary. For `eagle`
-heads a smooth L1 distance to the policy's hidden states can be added (EAGLE, arXiv 2401.15077, uses it with weight 1
-and the cross-entropy with 0.1).
+The draft is unrolled as the engine uses it: step i reads the head's own output of step i - 1, with the tokens that the
+policy really sampled. Each step's target is soft, the policy's distribution at temperature 1, restricted to the draft
+vocabulary and renormalised there; tokens that engines never sample (see `FrozenPolicy`) are left out. As in EAGLE-3, a
+position does not count when the policy's most likely token is outside the draft vocabulary. For `eagle` heads a smooth
+L1 distance to the policy's hidden states can be added (EAGLE, arXiv 2401.15077, uses it with weight 1 and the
+cross-entropy with 0.1).
 
 Everything is a sum: losses and weights of several rows add up to those of the row that packs them.
 """
@@ -50,9 +50,9 @@ class DraftLoss:
     """Weighted loss, with its gradient; float32."""
     weight: Float[Tensor, ""]
     """Sum of decay ** i over what counted."""
-    step_cross_entropy: Float[Tensor, " steps"]
+    step_cross_entropy: Float[Tensor, "steps"]
     """Unweighted cross-entropy of each step, in nats, detached."""
-    step_counts: Float[Tensor, " steps"]
+    step_counts: Float[Tensor, "steps"]
     """How many anchors counted in each step."""
 
 
@@ -68,7 +68,7 @@ def draft_loss(
         options: None means the defaults.
 
     Raises:
-        ValueError: a distance to hidden states is asked for from an `eagle3` head, whose states mean something else.
+        ValueError: `options` has a distance to hidden states for an `eagle3` head, whose states mean something else.
     """
     options = options or LossOptions()
     if options.hidden and head.config.kind != "eagle":
@@ -100,10 +100,16 @@ def draft_loss(
 def unroll(
     head: EagleHead, features: PackedFeatures, policy: FrozenPolicy, steps: int
 ) -> Float[Tensor, "steps seq hidden"]:
-    """The head's states in every step, by anchor, fed with the row's own tokens.
+    """The head's states in every step, by anchor, with the row's own tokens as input.
 
-    At the end of a sequence the tokens fed are those of the next one. Such steps do not count, and they disturb none
-    that does: no later anchor of the sequence attends to them.
+    At the end of a sequence the input tokens are those of the next one. Such steps do not count, and they do not change
+    any step that does: no later anchor of the sequence attends to them.
+
+    Args:
+        head: the drafter.
+        features: the row.
+        policy: the weights that `features` were computed with.
+        steps: draft tokens per anchor.
     """
     drafts = head.start(features.hidden_states, features.cu_seqlens)
     embedding = policy.embedding.detach()
@@ -113,12 +119,12 @@ def unroll(
 def _chunk(
     head: EagleHead,
     policy: FrozenPolicy,
-    proposed: Int[Tensor, " proposed"],
+    proposed: Int[Tensor, "proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
     counted: Bool[Tensor, "steps rows"],
     options: LossOptions,
-) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+) -> tuple[Float[Tensor, "steps"], Float[Tensor, "steps"], Float[Tensor, "steps"]]:
     """Loss, detached cross-entropy and number of counted positions of each step, over one chunk of positions."""
     with torch.no_grad():
         policy_logits = F.linear(final_hidden, policy.lm_head).float()
@@ -126,7 +132,7 @@ def _chunk(
         target = policy_logits[:, proposed].softmax(dim=-1)
     draft_logits = head.logits(states, policy.lm_head.detach())[..., : len(proposed)]
     draft_logprobs = draft_logits.float().log_softmax(dim=-1)
-    # `where` and not a product: what does not count may be anything, and leaves no trace in the gradient.
+    # `where` and not a product: what does not count may be any value, nan included, and adds nothing to the gradient.
     entropy = torch.where(counted, -(target * draft_logprobs).sum(dim=-1), 0.0).sum(dim=-1)
     loss = options.cross_entropy * entropy
     if options.hidden:

@@ -1,19 +1,21 @@
-"""How many drafts an engine would accept, computed from features alone, before a head is published.
+"""How many draft tokens an engine would accept, computed from features alone, before a head is published.
 
-Under coupled verification (DESIGN section 2) drafter and policy draw with the same Gumbel noise, so a draft is accepted
-when `argmax(log q + g)` and `argmax(log p + g)` are the same token. Both pick x exactly if x wins against every v in
-both races; with exponential clocks E = exp(-g) that is `E_v >= E_x max(p_v / p_x, q_v / q_x)` for all v, so
+Under coupled verification (see docs/architecture.md) drafter and policy sample with the same Gumbel noise, so a draft
+token is accepted when `argmax(log q + g)` and `argmax(log p + g)` are the same token. Both pick x exactly if x wins
+against every v in both races; with exponential clocks E = exp(-g) that is `E_v >= E_x max(p_v / p_x, q_v / q_x)` for
+all v, so
 
     P(both pick x) = 1 / sum_v max(p_v / p_x, q_v / q_x)
 
 (the Gumbel coupling of "Coupling without communication and drafter-invariant speculative decoding", arXiv 2408.07978).
-Divided by p_x it is the chance that the draft is right *given* that the policy sampled x:
+Divided by p_x it is the probability that the draft token is accepted *given* that the policy sampled x:
 
     P(accepted | x) = 1 / sum_v max(p_v, q_v p_x / q_x)
 
-A held-out response tells which x the policy sampled at every place, and the noise of different places is independent:
-the product of these chances along the response is the chance that a draft gets so far, without any simulation. Its mean
-over anchors is an unbiased estimate, given responses that the policy sampled itself at that temperature.
+A held-out response shows which x the policy sampled at every position, and the noise of different positions is
+independent: the product of these probabilities along the response is the probability that a draft is accepted up to
+there, without any simulation. Its mean over anchors is an unbiased estimate, given responses that the policy sampled
+itself at that temperature.
 """
 
 from dataclasses import dataclass
@@ -32,17 +34,17 @@ from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures, counted_draf
 class ExpectedAcceptance:
     """Expected numbers over the anchors of some rows; add them up over rows with `+`."""
 
-    reached: Float[Tensor, " steps"]
+    reached: Float[Tensor, "steps"]
     """How many drafts are expected to have all tokens before step i accepted (of anchors where step i exists)."""
-    accepted: Float[Tensor, " steps"]
+    accepted: Float[Tensor, "steps"]
     """How many of those are expected to have the token of step i accepted too."""
 
     def __add__(self, other: "ExpectedAcceptance") -> "ExpectedAcceptance":
         return ExpectedAcceptance(self.reached + other.reached, self.accepted + other.accepted)
 
     @property
-    def per_position(self) -> Float[Tensor, " steps"]:
-        """Chance that the token of step i is accepted, given that those before it were; 0 where nothing was seen."""
+    def per_position(self) -> Float[Tensor, "steps"]:
+        """Probability that the token of step i is accepted, given that those before it were; 0 without observations."""
         return self.accepted / self.reached.clamp(min=torch.finfo(torch.float64).tiny)
 
     @property
@@ -64,10 +66,10 @@ def expected_acceptance(
     temperature: float = 1.0,
     rows_at_once: int = 256,
 ) -> ExpectedAcceptance:
-    """What verification would accept of drafts of `steps` tokens from every place of a row's responses.
+    """What verification would accept of drafts of `steps` tokens from every position of a row's responses.
 
     Args:
-        head: the drafter to judge.
+        head: the drafter to evaluate.
         features: held-out responses, sampled by the policy (or nearly the policy) at `temperature`.
         policy: the weights that `features` were computed with.
         steps: draft tokens per verification, k.
@@ -97,13 +99,13 @@ def expected_acceptance(
 def _chances(
     head: EagleHead,
     policy: FrozenPolicy,
-    proposed: Int[Tensor, " proposed"],
+    proposed: Int[Tensor, "proposed"],
     states: Float[Tensor, "steps rows hidden"],
     final_hidden: Float[Tensor, "rows hidden"],
-    sampled: Int[Tensor, " rows"],
+    sampled: Int[Tensor, "rows"],
     temperature: float,
 ) -> Float[Tensor, "steps rows"]:
-    """For each step at each target position, the chance that it proposes the token that the policy sampled there."""
+    """For each step at each target position, the probability that it proposes the token that the policy sampled."""
     policy_logprobs = (F.linear(final_hidden, policy.lm_head).float() / temperature).log_softmax(dim=-1)
     draft_logits = head.logits(states, policy.lm_head)[..., : len(proposed)]
     draft_logprobs = (draft_logits.float() / temperature).log_softmax(dim=-1)
@@ -113,13 +115,20 @@ def _chances(
 def agreement(
     policy_logprobs: Float[Tensor, "rows vocab"],
     draft_logprobs: Float[Tensor, "steps rows draft_vocab"],
-    token_ids: Int[Tensor, " draft_vocab"],
-    sampled: Int[Tensor, " rows"],
+    token_ids: Int[Tensor, "draft_vocab"],
+    sampled: Int[Tensor, "rows"],
 ) -> Float[Tensor, "steps rows"]:
     """`P(the draft is x | the policy samples x)` under shared Gumbel noise, x = `sampled`: the formula above.
 
-    `token_ids` are the policy's ids of the draft ids, ascending; a token that the drafter cannot propose has chance 0,
-    and so has one outside the policy's vocabulary (a prompt may hold what is never sampled).
+    Args:
+        policy_logprobs: over the tokens that engines sample.
+        draft_logprobs: over the draft vocabulary.
+        token_ids: the policy's id of each draft id, ascending.
+        sampled: the policy's token of each row.
+
+    Returns:
+        Probabilities; 0 for a token that the drafter cannot propose, and for one that engines never sample (a prompt
+        may hold such tokens).
     """
     known = sampled.clamp(max=policy_logprobs.shape[1] - 1)
     sampled_logprobs = policy_logprobs.gather(1, known[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""The EAGLE head: one decoder layer that reads the policy's hidden states and guesses several tokens ahead.
+"""The EAGLE head: one decoder layer that reads the policy's hidden states and drafts several tokens ahead.
 
 Two forms, both computing what vLLM computes when it drafts with the checkpoint (its models `llama_eagle3` and
 `llama_eagle`):
@@ -10,8 +10,8 @@ Two forms, both computing what vLLM computes when it drafts with the checkpoint 
 
 At position p the head reads the policy's features of p and the embedding of token p + 1, with rotary position p, and
 proposes token p + 2. From then on it reads its own output in place of the features, and the position counts on.
-The policy's embedding and head are passed in, and are no part of the head. They and the features may be of another
-dtype than the head, which computes in its own: a float32 head learns from a bfloat16 policy.
+The policy's embedding and output layer are passed in, and are not part of the head. They and the features may have
+another dtype than the head, which computes in its own: a float32 head learns from a bfloat16 policy.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,13 @@ class HeadConfig:
     def for_policy(
         cls, hf: dict[str, Any], kind: Literal["eagle3", "eagle"] = "eagle3", draft_vocab_size: int | None = None
     ) -> "HeadConfig":
-        """A head as wide as the policy whose `config.json` (Llama, Qwen2 or Qwen3) is given; None: all its tokens."""
+        """A head as wide as its policy.
+
+        Args:
+            hf: the policy's `config.json` (Llama, Qwen2 or Qwen3).
+            kind: form of the head.
+            draft_vocab_size: tokens that the head can propose; None: all of the policy's.
+        """
         heads = hf["num_attention_heads"]
         return cls(
             kind=kind,
@@ -95,7 +101,7 @@ def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
 def default_aux_layers(policy_layers: int) -> tuple[int, ...]:
     """Low, middle and high depth of a policy: 2, L/2 and L - 3, which is vLLM's default too.
 
-    Below seven layers those would not ascend, so others are taken (a policy of one layer has only two depths).
+    Below seven layers these would not ascend, so other depths are used (a policy of one layer has only two).
     """
     if policy_layers >= 7:
         return 2, policy_layers // 2, policy_layers - 3
@@ -107,11 +113,15 @@ def default_aux_layers(policy_layers: int) -> tuple[int, ...]:
 class EagleHead(nn.Module):
     """The trainable part of a drafter. Parameters carry the names of public EAGLE-3 checkpoints."""
 
-    d2t: Int[Tensor, " draft_vocab"]
-    t2d: Bool[Tensor, " vocab"]
+    d2t: Int[Tensor, "draft_vocab"]
+    t2d: Bool[Tensor, "vocab"]
 
     def __init__(self, config: HeadConfig, vocabulary: DraftVocabulary | None = None) -> None:
-        """Random weights, float32. `vocabulary` has `config.draft_vocab_size` tokens, and is needed if that is reduced.
+        """Random weights, float32.
+
+        Args:
+            config: shape and form.
+            vocabulary: of `config.draft_vocab_size` tokens; needed if that is reduced.
 
         Raises:
             ValueError: `vocabulary` is missing or has another size.
@@ -138,24 +148,24 @@ class EagleHead(nn.Module):
                 f"The head proposes {config.draft_vocab_size} of {config.vocab_size} tokens, but its vocabulary names "
                 f"{len(vocabulary.token_ids)} of {vocabulary.vocab_size}."
             )
-        # vLLM knows no mapping when nothing is left out, and refuses a file with one.
+        # For a full vocabulary vLLM has no mapping, and refuses a file that contains one.
         reduced = config.draft_vocab_size < config.vocab_size
         self.register_buffer("d2t", vocabulary.d2t, persistent=reduced)
         self.register_buffer("t2d", vocabulary.t2d, persistent=reduced)
 
     @property
-    def token_ids(self) -> Int[Tensor, " draft_vocab"]:
+    def token_ids(self) -> Int[Tensor, "draft_vocab"]:
         """int64: the policy's id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def proposed_ids(self, sampled_vocab: int) -> Int[Tensor, " proposed"]:
+    def proposed_ids(self, sampled_vocab: int) -> Int[Tensor, "proposed"]:
         """`token_ids` below `sampled_vocab`: those of the first draft ids, as they ascend. Engines mask the others."""
         token_ids = self.token_ids
         return token_ids[token_ids < sampled_vocab]
 
     @torch.no_grad()
     def copy_policy_head(self, policy_lm_head: Float[Tensor, "sampled_vocab hidden"]) -> None:
-        """Start `lm_head` from the policy's rows for the draft vocabulary, from which it learns sooner (EAGLE-3)."""
+        """Initialise `lm_head` with the policy's rows for the draft vocabulary, which shortens training (EAGLE-3)."""
         proposed = self.proposed_ids(len(policy_lm_head))
         self.lm_head.weight[: len(proposed)].copy_(policy_lm_head[proposed])
 
@@ -167,9 +177,11 @@ class EagleHead(nn.Module):
     def logits(
         self, states: Float[Tensor, "*rows hidden"], policy_lm_head: Float[Tensor, "sampled_vocab hidden"]
     ) -> Float[Tensor, "*rows draft_vocab"]:
-        """Logits over the draft vocabulary, from the states that a step returns (EAGLE-3 ignores the policy's head).
+        """Logits over the draft vocabulary, of which those of `proposed_ids` count; they come first.
 
-        Those that count belong to `proposed_ids`, and come first.
+        Args:
+            states: what a step returns.
+            policy_lm_head: the policy's output layer; EAGLE-3 does not use it.
         """
         if self.config.kind == "eagle":
             return F.linear(states, policy_lm_head.to(states.dtype))
@@ -177,17 +189,17 @@ class EagleHead(nn.Module):
         return logits
 
     def start(
-        self, hidden_states: Float[Tensor, "seq features"], cu_seqlens: Int[Tensor, " sequences+1"]
-    ) -> "Unrolled":
+        self, hidden_states: Float[Tensor, "seq features"], cu_seqlens: Int[Tensor, "sequences+1"]
+    ) -> "UnrolledDrafts":
         """Begin drafts at every position of a packed row (see `drafter.eagle.packed_rows`)."""
-        return Unrolled(self, hidden_states, cu_seqlens)
+        return UnrolledDrafts(self, hidden_states, cu_seqlens)
 
 
-class Unrolled:
+class UnrolledDrafts:
     """Drafts from all anchors of a packed row at once, one token further with each `step`.
 
-    Step i of anchor p sees the policy's features up to p, and the head's own outputs of the earlier steps of the same
-    anchor: just what a draft that starts there would see.
+    Step i of anchor p attends to the policy's features up to p, and to the head's own outputs of the earlier steps of
+    the same anchor: the same as in a draft that starts there.
     """
 
     def __init__(self, head: EagleHead, hidden_states: Tensor, cu_seqlens: Tensor) -> None:
@@ -198,7 +210,7 @@ class Unrolled:
         self._dtype = head.fc.weight.dtype
         self._state = head.fuse(hidden_states.to(self._dtype))
         config = head.config
-        self._memory = _Memory(
+        self._cache = _AttentionCache(
             frequencies=inverse_frequencies(config.rope, config.head_dim).to(numbers.device),
             positions=positions - cu_seqlens[numbers],
             mask=(numbers[:, None] == numbers[None, :]) & (positions[:, None] >= positions[None, :]),
@@ -207,9 +219,13 @@ class Unrolled:
         )
 
     def step(self, embeddings: Float[Tensor, "seq hidden"]) -> Float[Tensor, "seq hidden"]:
-        """Feed each anchor the embedding of its newest token (p + 1 + i in step i), and return the head's states.
+        """Run one step.
 
-        `EagleHead.logits` of them proposes token p + 2 + i.
+        Args:
+            embeddings: by anchor, of its newest token (p + 1 + i in step i).
+
+        Returns:
+            The head's states; `EagleHead.logits` of them proposes token p + 2 + i.
         """
         head = self._head
         embeddings = embeddings.to(self._dtype)
@@ -220,17 +236,17 @@ class Unrolled:
             residual = self._state
             normed = head.midlayer.input_layernorm(embeddings), head.midlayer.hidden_norm(residual)
             inputs = torch.cat(normed, dim=-1)
-        self._state = head.midlayer(inputs, residual, self._memory)
+        self._state = head.midlayer(inputs, residual, self._cache)
         return self._state
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """What the attention of an unrolled row remembers."""
+class _AttentionCache:
+    """What the attention of an unrolled row needs of it, and of the steps so far."""
 
-    frequencies: Float[Tensor, " half_head_dim"]
+    frequencies: Float[Tensor, "half_head_dim"]
     """float32 whatever the head's dtype is: bfloat16 angles would be wrong."""
-    positions: Int[Tensor, " seq"]
+    positions: Int[Tensor, "seq"]
     mask: Bool[Tensor, "seq seq"]
     """[p, q]: q is a position of p's sequence, and not after p."""
     keys: list[Float[Tensor, "kv_heads seq head_dim"]]
@@ -248,8 +264,8 @@ class _DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = _FeedForward(config)
 
-    def forward(self, inputs: Tensor, residual: Tensor, memory: _Memory) -> Tensor:
-        residual = residual + self.self_attn(inputs, memory)
+    def forward(self, inputs: Tensor, residual: Tensor, cache: _AttentionCache) -> Tensor:
+        residual = residual + self.self_attn(inputs, cache)
         out: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
         return out
 
@@ -276,15 +292,15 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(inputs, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, inputs: Tensor, memory: _Memory) -> Tensor:
+    def forward(self, inputs: Tensor, cache: _AttentionCache) -> Tensor:
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        positions = memory.positions + len(memory.keys)
-        memory.keys.append(rotate(key, positions, memory.frequencies))
-        memory.values.append(value)
-        mixed = attend(rotate(query, positions, memory.frequencies), memory.keys, memory.values, memory.mask)
+        positions = cache.positions + len(cache.keys)
+        cache.keys.append(rotate(key, positions, cache.frequencies))
+        cache.values.append(value)
+        mixed = attend(rotate(query, positions, cache.frequencies), cache.keys, cache.values, cache.mask)
         out: Tensor = self.o_proj(mixed.transpose(0, 1).flatten(1))
         return out
 
@@ -297,8 +313,14 @@ def attend(
 ) -> Float[Tensor, "heads seq head_dim"]:
     """Attention of row p to keys[0] where `mask[p]` allows, and to row p alone of all further keys.
 
-    The softmax is over both together. The further keys cost one column each: a mask over [keys[0]; keys[1]; ...] would
-    let `scaled_dot_product_attention` do all the work, at as many times the cost of the first step.
+    The softmax is over both together. The further keys cost one column each. (A mask over [keys[0]; keys[1]; ...] would
+    let `scaled_dot_product_attention` do all the work, but each step would cost as much as the first.)
+
+    Args:
+        query: of the newest step.
+        keys: of each step so far.
+        values: of each step so far.
+        mask: [p, q]: row p attends to row q of the first step.
     """
     if len(keys) == 1:
         return F.scaled_dot_product_attention(

@@ -21,21 +21,21 @@ from drafter.eagle.vocabulary import DraftVocabulary
 
 _ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle": "EagleLlamaForCausalLM"}
 _LAYER = {"eagle3": "midlayer.", "eagle": "layers.0."}
-# Variants of the format that compute something else than this head does.
+# Variants of the format that compute something other than this head does.
 _UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias")
 
 
 def head_tensors(head: EagleHead) -> dict[str, Tensor]:
-    """The head's tensors by their names in a checkpoint, as they are in memory: what is saved, and what is pushed."""
+    """The head's tensors in memory, by their names in a checkpoint: for files, and for updates of engines."""
     layer = _LAYER[head.config.kind]
     return {name.replace("midlayer.", layer): tensor for name, tensor in head.state_dict().items()}
 
 
 def save_head(head: EagleHead, folder: str | Path) -> None:
-    """Write `folder` so that it appears at once, complete.
+    """Write a head; `folder` appears at once, complete.
 
-    The files are written to `<folder>.tmp` and renamed. A folder of that name is replaced; for the moment between two
-    renames it is `<folder>.old`.
+    The files are written to `<folder>.tmp`, which is renamed. An existing folder is replaced; between two renames it is
+    `<folder>.old`.
     """
     folder = Path(folder)
     draft, replaced = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
@@ -112,7 +112,7 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _read_vocabulary(file: Path, config: HeadConfig, tensors: dict[str, Tensor]) -> DraftVocabulary | None:
-    """What `d2t` says; `t2d` follows from it."""
+    """The vocabulary of `d2t`; `t2d` follows from it."""
     if config.draft_vocab_size == config.vocab_size:
         return None
     if "d2t" not in tensors:

@@ -1,8 +1,8 @@
-"""What the head learns from: rows of packed sequences with the policy's hidden states, and which drafts in them count.
+"""Training data of the head: rows of packed sequences with the policy's hidden states, and which drafts in them count.
 
 Terms used in this package. A row holds several sequences, one after the other, and perhaps padding at its end. A draft
 starts at an *anchor*, position p: the policy's features up to p and the token p + 1, just sampled, are known. Step i
-(from 0) of the draft is fed token p + 1 + i and proposes token p + 2 + i, which the policy itself predicts from its
+(from 0) of the draft reads token p + 1 + i and proposes token p + 2 + i, which the policy itself predicts from its
 hidden state at p + 1 + i, the *target position* of that step.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 class PackedFeatures:
     """One row of packed sequences; all tensors on one device. Padding is finite numbers behind the last sequence."""
 
-    token_ids: Int[Tensor, " seq"]
+    token_ids: Int[Tensor, "seq"]
     """int64."""
     hidden_states: Float[Tensor, "seq features"]
     """What the head reads. EAGLE-3: the policy's residual stream at `HeadConfig.aux_layers`, concatenated; EAGLE:
@@ -25,9 +25,9 @@ class PackedFeatures:
     final_hidden: Float[Tensor, "seq hidden"]
     """The policy's last hidden state, after its final norm: times the policy's head it gives the logits of the next
     token."""
-    response_mask: Bool[Tensor, " seq"]
+    response_mask: Bool[Tensor, "seq"]
     """True where the token was sampled by the policy."""
-    cu_seqlens: Int[Tensor, " sequences+1"]
+    cu_seqlens: Int[Tensor, "sequences+1"]
     """First position of each sequence, and the end of the last."""
 
     def to(self, device: torch.device) -> "PackedFeatures":
@@ -62,18 +62,23 @@ class FrozenPolicy:
     The memory of `embedding` where the policy ties them."""
 
 
-def sequence_numbers(cu_seqlens: Int[Tensor, " sequences+1"], length: int) -> Int[Tensor, " seq"]:
+def sequence_numbers(cu_seqlens: Int[Tensor, "sequences+1"], length: int) -> Int[Tensor, "seq"]:
     """The number of the sequence that each of `length` positions belongs to; padding has the number of sequences."""
     return torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=cu_seqlens.device), right=True)
 
 
 def counted_drafts(
-    response_mask: Bool[Tensor, " seq"], cu_seqlens: Int[Tensor, " sequences+1"], steps: int
+    response_mask: Bool[Tensor, "seq"], cu_seqlens: Int[Tensor, "sequences+1"], steps: int
 ) -> Bool[Tensor, "steps seq"]:
     """Which steps of which anchors count: [i, p] is True where step i of anchor p is one that an engine would verify.
 
     The engine drafts after it sampled a token, so token p + 1 has to be a response token, and so has every token up to
     p + 2 + i, the proposed one, in the same sequence. Nothing crosses into the next sequence or into padding.
+
+    Args:
+        response_mask: True where the token was sampled by the policy.
+        cu_seqlens: first position of each sequence, and the end of the last.
+        steps: draft tokens per anchor.
     """
     length = len(response_mask)
     number = sequence_numbers(cu_seqlens, length)
@@ -95,7 +100,7 @@ def counted_drafts(
 def to_target_positions(by_anchor: Tensor) -> Tensor:
     """[steps, seq, ...] indexed by anchor -> the same indexed by target position: [i, p] moves to [i, p + 1 + i].
 
-    What leaves the row comes in again at its other end; such steps never count.
+    Values that leave the row wrap around to its other end; such steps never count.
     """
     return torch.stack([values.roll(1 + step, dims=0) for step, values in enumerate(by_anchor)])
 

@@ -8,11 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, " half_head_dim"]:
+def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, "half_head_dim"]:
     """float32 inverse frequencies in radians per position, with linear or llama3 scaling applied.
 
-    `rope` has transformers' names: `rope_theta`, `rope_type`, and what the type needs. The llama3 rule is that of the
-    Llama 3.1 release: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    The llama3 rule is that of the Llama 3.1 release: long wavelengths are stretched by `factor`, short ones kept, those
+    between interpolated.
+
+    Args:
+        rope: by transformers' names: `rope_theta`, `rope_type`, and the parameters of the type.
+        head_dim: even.
 
     Raises:
         ValueError: for a `rope_type` other than default, linear and llama3.
@@ -35,10 +39,10 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, " 
 
 def rotate(
     x: Float[Tensor, "heads seq head_dim"],
-    positions: Int[Tensor, " seq"],
-    frequencies: Float[Tensor, " half_head_dim"],
+    positions: Int[Tensor, "seq"],
+    frequencies: Float[Tensor, "half_head_dim"],
 ) -> Float[Tensor, "heads seq head_dim"]:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its position times its frequency."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its position times its frequency."""
     angles = positions[:, None].float() * frequencies.float()
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)

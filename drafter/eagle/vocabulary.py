@@ -12,18 +12,18 @@ from torch import Tensor
 class DraftVocabulary:
     """Which tokens of the policy's vocabulary a head can propose."""
 
-    token_ids: Int[Tensor, " draft_vocab"]
+    token_ids: Int[Tensor, "draft_vocab"]
     """int64, ascending: the policy's id of each draft id."""
     vocab_size: int
     """Size of the policy's vocabulary."""
 
     @property
-    def d2t(self) -> Int[Tensor, " draft_vocab"]:
+    def d2t(self) -> Int[Tensor, "draft_vocab"]:
         """int64 offsets, as EAGLE-3 checkpoints store them: draft id + d2t[draft id] = the policy's id."""
         return self.token_ids - torch.arange(len(self.token_ids), device=self.token_ids.device)
 
     @property
-    def t2d(self) -> Bool[Tensor, " vocab"]:
+    def t2d(self) -> Bool[Tensor, "vocab"]:
         """For each token of the policy, whether the head can propose it (not its draft id), as checkpoints store it."""
         kept = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.token_ids.device)
         kept[self.token_ids] = True
@@ -31,7 +31,7 @@ class DraftVocabulary:
 
 
 def choose_vocabulary(
-    token_counts: Int[Tensor, " vocab"], draft_vocab_size: int, always: Iterable[int] = ()
+    token_counts: Int[Tensor, "vocab"], draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
     """Take the most frequent tokens; of equally frequent ones those with the lowest ids.
 
@@ -41,7 +41,8 @@ def choose_vocabulary(
         always: ids to take whatever their counts are: the end of sequence and other special tokens.
 
     Raises:
-        ValueError: more tokens asked for than there are, or than fit; an id of `always` outside the vocabulary.
+        ValueError: `draft_vocab_size` or the number of special tokens is too large, or an id of `always` is outside the
+            vocabulary.
     """
     vocab_size = len(token_counts)
     special = sorted(set(always))

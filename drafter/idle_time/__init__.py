@@ -1,1 +1,1 @@
-"""Waits of the trainer, and how they are filled with slices of other work."""
+"""Idle time of the trainer, and how it is filled with slices of other work."""

@@ -39,34 +39,34 @@ class BubbleStats:
     filled: float = 0.0
     """Of these, spent in slices."""
     overrun: float = 0.0
-    """Spent in slices after the wait was over: what this stage was late by our doing."""
+    """Spent in slices after the wait was over: the delay of this stage that filling caused."""
     slices: int = 0
 
 
 class WaitHistory:
-    """How long each wait of a pass lasted lately, to expect the next: by kind of pass and place in it."""
+    """Recent durations of each wait of a pass, to predict the next: by kind of pass and position in it."""
 
     def __init__(self, window: int = 5) -> None:
         self._window = window
         self._seen: dict[tuple[int, bool], list[deque[float]]] = {}
         self._current: list[deque[float]] = []
-        self._place = 0
+        self._position = 0
 
     def start_pass(self, microbatches: int, forward_only: bool) -> None:
         """Passes of equally many micro-batches make the same calls."""
         self._current = self._seen.setdefault((microbatches, forward_only), [])
-        self._place = 0
+        self._position = 0
 
     def expected(self) -> float:
         """Seconds that the next wait should last; 0 where nothing is known."""
-        return statistics.median(self._current[self._place]) if self._place < len(self._current) else 0.0
+        return statistics.median(self._current[self._position]) if self._position < len(self._current) else 0.0
 
     def observe(self, seconds: float) -> None:
-        """Note how long it lasted, and move on to the next."""
-        if self._place == len(self._current):
+        """Record the duration of the wait, and move on to the next."""
+        if self._position == len(self._current):
             self._current.append(deque(maxlen=self._window))
-        self._current[self._place].append(seconds)
-        self._place += 1
+        self._current[self._position].append(seconds)
+        self._position += 1
 
 
 def _ends(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -87,11 +87,16 @@ class BubbleCommunicator(P2PCommunicator):
     """Moves tensors between pipeline stages like its base class, and fills the waits when `filling`."""
 
     def __init__(self, pp_group: torch.distributed.ProcessGroup, config: ModelParallelConfig, fill: ThreadFill) -> None:
-        """`fill` is how waits are filled on this device."""
+        """
+        Args:
+            pp_group: the stages of the pipeline.
+            config: megatron-core's.
+            fill: how waits are filled on this device.
+        """
         super().__init__(pp_group, config)
         self.fill = fill
         self.filling = True
-        """Whether waits are filled; else they are only measured. To be set between passes, by the guard's decision."""
+        """Whether waits are filled or only measured; set between passes, as the guard decides."""
         self.timeline = Timeline()
         self.history = WaitHistory()
         self.stats = BubbleStats()
@@ -99,7 +104,7 @@ class BubbleCommunicator(P2PCommunicator):
         self._free_since = self._agreed = self._clock()
 
     def start_pass(self, microbatches: int, forward_only: bool) -> dict[str, Any]:
-        """Call before each pass; returns what megatron-core's schedule must be given."""
+        """To be called before each pass; returns arguments for megatron-core's schedule."""
         self.history.start_pass(microbatches, forward_only)
         self.fill.settle()
         self._free_since = self._clock()
@@ -107,7 +112,7 @@ class BubbleCommunicator(P2PCommunicator):
         return {"p2p_communicator": self, "pg_collection": groups}
 
     def take_stats(self) -> BubbleStats:
-        """What was waited and filled in the passes since the last call."""
+        """Seconds waited and filled in the passes since the last call."""
         stats, self.stats = self.stats, BubbleStats()
         return stats
 

@@ -1,7 +1,8 @@
-"""Slices: work cut so small that it can be done while a device waits for something else.
+"""Slices: pieces of work so small that they can be done while a device waits for something else.
 
-A slice is, for example, the forward and backward pass of one packed row of drafter training. Whoever waits hands a
-`SliceRunner` a way to ask whether the wait is over, and slices run in between, each only where it is expected to fit.
+A slice is, for example, the forward and backward pass of one packed row of drafter training. The code that waits passes
+a `SliceRunner` a function that says whether the wait is over, and slices run until then, each only if it is expected to
+fit.
 """
 
 import statistics
@@ -25,25 +26,28 @@ Fits = Callable[[int], bool]
 class Slice(Protocol):
     """A piece of work of about a millisecond.
 
-    It runs on the thread of the training step between two of its computations, so it must leave no trace there: no
-    collective operations, no draws from the global random generators, no change of global modes.
+    It runs on the thread of the training step between two of its computations, so it must have no side effects there:
+    no collective operations, no draws from the global random generators, no change of global modes.
     """
 
     size: int
-    """How much work it is, e.g. in tokens: what is twice as large takes about twice as long."""
+    """Amount of work, e.g. in tokens: a slice of twice the size takes about twice as long."""
 
     def run(self) -> None:
         """Do the work; an exception fails the training step that was waiting."""
 
 
 class SliceSource(Protocol):
-    """Where slices come from."""
+    """A supply of slices."""
 
     def next(self, fits: Fits) -> Slice | None:
         """The next slice to run, or None when there is nothing to do now.
 
-        A source that can cut its work gives the largest slice that fits, or else the smallest. Until a slice has run it
-        may be given again, in another size.
+        A source that can divide its work returns the largest slice that fits, or else the smallest. Until a slice has
+        run it may be returned again, in another size.
+
+        Args:
+            fits: whether a slice of a size should end in time.
         """
 
 
@@ -56,8 +60,8 @@ def run_directly(piece: Slice) -> None:
 class Durations:
     """How long slices take: the median seconds per size of the last runs of about that size.
 
-    The very first run does not count (it warms caches up). Of a size that was never seen the rate of the nearest one is
-    taken: less than the truth for small slices, which cost something in any case, until the first has run.
+    The very first run does not count (it warms caches up). For a size that was not measured the rate of the nearest one
+    is used: too little for small slices, which have a fixed cost, until the first of them has run.
     """
 
     def __init__(self, window: int = 15) -> None:
@@ -66,7 +70,7 @@ class Durations:
         self._warm = False
 
     def observe(self, size: int, seconds: float) -> None:
-        """Note the duration of one slice in seconds."""
+        """Record the duration of one slice in seconds."""
         if self._warm:
             self._rates.setdefault(size.bit_length(), deque(maxlen=self._window)).append(seconds / size)
         self._warm = True
@@ -94,11 +98,11 @@ class Filled:
 def room(expected: float, elapsed: float, share: float) -> float:
     """Seconds that a slice may take if it begins now.
 
-    Within its expected length, a wait has room for what ends before `share` of that length is over. A wait that has
-    outlasted its expected length is expected to last as long again as it is late already: the longer, the more room.
+    Within its expected length, a wait has room for slices that end before `share` of that length is over. A wait that
+    is longer than expected is predicted to last as long again as it is late already: the longer, the more room.
 
     Args:
-        expected: seconds that the wait should last in all; 0 when nothing is known.
+        expected: seconds that the whole wait should last; 0 when nothing is known.
         elapsed: seconds it has lasted.
         share: 0 .. 1 of the time is used; 0 runs nothing.
     """
@@ -106,9 +110,13 @@ def room(expected: float, elapsed: float, share: float) -> float:
 
 
 def idle_until_fit(expected: float, elapsed: float, duration: float, share: float) -> float:
-    """Seconds to go on waiting before there is `room`; 0 when there is now, infinity when there will not be.
+    """Seconds to wait until there is `room`; 0 when there is now, infinity when there will not be.
 
-    `duration`: seconds that the slice will take. The other arguments are those of `room`.
+    Args:
+        expected: see `room`.
+        elapsed: see `room`.
+        duration: seconds that the slice will take.
+        share: see `room`.
     """
     if share <= 0:
         return float("inf")
@@ -123,17 +131,22 @@ class SliceRunner:
     def __init__(
         self, source: SliceSource, execute: Callable[[Slice], None] = run_directly, clock: Clock = time.perf_counter
     ) -> None:
-        """`execute` runs one slice to its end (on a stream of its own, for example)."""
+        """
+        Args:
+            source: of slices.
+            execute: runs one slice to its end (on a stream of its own, for example).
+            clock: in seconds.
+        """
         self.source, self.execute, self.clock = source, execute, clock
         self.durations = Durations()
         self.share = 1.0
-        """Share of the expected waits that may be filled, set by the guard; 0 .. 1."""
+        """Fraction of the expected waits that may be filled, set by the guard; 0 .. 1."""
 
     def run_while(self, pending: Pending, expected: float) -> Filled:
         """Fill one wait, and return when it is over (at the latest one slice later).
 
         Args:
-            pending: tells whether the wait still lasts.
+            pending: whether the wait still lasts.
             expected: seconds that it should last from now on; 0 when nothing is known.
         """
         filled, start = Filled(), self.clock()
@@ -155,8 +168,8 @@ class SliceRunner:
         """Fill an idle tail: run slices until `wanted`, the end of work or the deadline; back within one slice.
 
         Args:
-            wanted: whether the batch is complete or the device needed, e.g. `event.is_set`; asked between slices.
-            deadline: time of the runner's clock that slices must not be expected to pass.
+            wanted: whether the batch is complete or the device needed, e.g. `event.is_set`; called between slices.
+            deadline: time of the runner's clock by which slices are expected to end.
         """
         filled = Filled()
         while not wanted() and (piece := self._next(deadline - self.clock())) is not None:

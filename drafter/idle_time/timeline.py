@@ -1,7 +1,7 @@
-"""What a rank did during one step, as spans of time: for a look at the bubbles, and for what filled them.
+"""What a rank did during one step, as spans of time: shows the bubbles and what filled them.
 
-Spans are noted by those who fill waits, at a few microseconds each, and only while `recording`. The ranks' spans are
-merged on the wall clock, which nodes share as well as NTP keeps it.
+Spans are recorded where waits are filled, at a few microseconds each, and only while `recording`. The ranks' spans are
+merged by the wall clock, which nodes share as precisely as NTP synchronises it.
 """
 
 import json
@@ -20,7 +20,7 @@ KINDS = (
     "tail, empty",
 )
 TRACE_FILE = "timeline.json"
-"""Of the newest filled step, in the folder of a run."""
+"""File of the newest filled step, in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class Timeline:
         self.spans: list[Span] = []
 
     def start(self) -> None:
-        """Forget what was noted before and record from now on."""
+        """Discard earlier spans and record from now on."""
         self.spans, self.recording = [], True
 
     def add(self, kind: str, start: float, end: float) -> None:
-        """Note a span between two times of `time.perf_counter`; empty ones are dropped."""
+        """Record a span between two times of `time.perf_counter`; empty ones are dropped."""
         if self.recording and end > start:
             self.spans.append(Span(kind, start, end))
 
     def add_wait(
         self, start: float, agreed: float, end: float, slices: list[tuple[float, float]], idle: str = "bubble"
     ) -> None:
-        """Note a wait: slices in it, empty time, and the transfer that follows `agreed`.
+        """Record a wait: slices in it, empty time, and the transfer that follows `agreed`.
 
         Args:
             start: when the wait began.
-            agreed: when both sides were there; `end` where nothing is transferred.
-            end: when the tensors were there too.
+            agreed: when both sides were ready; `end` where nothing is transferred.
+            end: when the tensors had arrived too.
             slices: (start, end) of each slice, in order; the last may have ended after `end`.
             idle: bubble | tail.
         """
@@ -103,10 +103,10 @@ def write_trace(ranks: list[list[Span]], file: Path, step: int) -> None:
 
 
 def read_trace(file: Path) -> tuple[list[list[Span]], int]:
-    """What `write_trace` wrote: (spans of each rank from zero, step).
+    """Read what `write_trace` wrote: (spans of each rank from zero, step).
 
     Raises:
-        ValueError: when it is something else.
+        ValueError: the file is something else.
     """
     try:
         trace = json.loads(file.read_text())

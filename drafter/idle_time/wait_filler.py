@@ -1,11 +1,11 @@
-"""Fills the time of one blocking operation with slices: how that is done on a CPU and on a CUDA device.
+"""Fills the time of one blocking operation with slices, on a CPU and on a CUDA device.
 
 The operation (a receive from another pipeline stage) goes to a helper thread; slices run in the calling thread until
 it is done. `is_completed()` of gloo's requests cannot be polled instead: it stays False until `wait()` is called.
 
 On CUDA the operation blocks its thread as well: megatron-core synchronises the device after it exchanged shapes
-(`variable_seq_lengths`) and after batched exchanges. So the same loop serves, with slices on a low-priority stream.
-Without both options the host would run ahead of the device, see no waits, and fill nothing.
+(`variable_seq_lengths`) and after batched exchanges. So the same loop works, with slices on a low-priority stream.
+Without these two options the host would run ahead of the device, find no waits, and fill nothing.
 """
 
 import queue
@@ -50,15 +50,15 @@ class ThreadFill:
         """Run `operation` and fill its time.
 
         Args:
-            operation: blocks until the other side is there; runs in the helper thread.
+            operation: blocks until the other side is ready; runs in the helper thread.
             expected: seconds that it should take; 0 when nothing is known.
 
         Returns:
-            The operation's result, the time of the runner's clock at which it was done, and what ran meanwhile.
+            The operation's result, the time of the runner's clock at which it was done, and the slices that ran.
 
         Raises:
-            Whatever the operation or a slice raises. After a slice's exception the operation is still under way: the
-            process group is of no further use, as after any error in a training step.
+            Exception: whatever the operation or a slice raises. After a slice's exception the operation is still
+                running: the process group cannot be used any more, as after any error in a training step.
         """
         if self._helper is None:
             # A daemon: a receive that never ends must not keep the process from exiting.

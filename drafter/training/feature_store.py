@@ -1,4 +1,4 @@
-"""Keeps what the head learns from: windows of rollouts with their hidden states, in a bounded part of host memory."""
+"""Keeps the head's training data: windows of rollouts with their hidden states, in bounded host memory."""
 
 import random
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class _Sample:
 
 
 def size_in_bytes(features: PackedFeatures) -> int:
-    """Memory of a row's tensors; one that serves as two counts once."""
+    """Memory of a row's tensors; a tensor that is used in two fields counts once."""
     tensors = {id(value): value for value in vars(features).values() if isinstance(value, Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -28,10 +28,11 @@ class FeatureStore:
     """
 
     def __init__(self, max_bytes: int, tokens_per_row: int, seed: int = 0) -> None:
-        """Args:
-        max_bytes: bound of all windows together, the held-out ones included.
-        tokens_per_row: windows are packed into rows of at most so many tokens (a longer one is a row by itself).
-        seed: of the order.
+        """
+        Args:
+            max_bytes: bound of all windows together, the held-out ones included.
+            tokens_per_row: windows are packed into rows of at most this many tokens (a longer one is a row by itself).
+            seed: of the order.
         """
         self.max_bytes, self.tokens_per_row, self.seed = max_bytes, tokens_per_row, seed
         self._samples: list[_Sample] = []
@@ -50,10 +51,15 @@ class FeatureStore:
         return sum(sample.bytes for sample in self._samples + self._held_out)
 
     def add(self, version: int, rows: list[PackedFeatures], held_out: list[PackedFeatures]) -> None:
-        """Take in the windows of a policy version, each a row of one sequence, and go on with the newest of all.
+        """Add the windows of a policy version, each a row of one sequence, and start over with the newest of all.
 
-        Held-out windows of other versions are dropped. Beyond `max_bytes` the oldest windows go, then the last ones of
-        `rows`; `held_out` is cut where it alone would not fit.
+        Held-out windows of other versions are dropped. Beyond `max_bytes` the oldest windows are dropped, then the last
+        ones of `rows`; `held_out` is truncated if it alone does not fit.
+
+        Args:
+            version: of the policy that computed the features.
+            rows: windows to train on.
+            held_out: windows to evaluate on.
         """
         self._held_out = _fitting([_sample(version, row) for row in held_out], self.max_bytes)
         room = self.max_bytes - sum(sample.bytes for sample in self._held_out)
@@ -64,9 +70,12 @@ class FeatureStore:
         self._begin_pass(1)
 
     def next_windows(self, most_tokens: int) -> list[int]:
-        """Tokens of each window in the next row of at most so many tokens; a longer window is a row by itself.
+        """Tokens of each window in the next row.
 
-        Empty when there are no windows. After the last one it starts over.
+        Empty when there are no windows. After the last window it starts over.
+
+        Args:
+            most_tokens: of the row; a longer window is a row by itself.
         """
         if self._samples and self._position == len(self._order):
             self._begin_pass(self._passes + 1)
@@ -78,7 +87,7 @@ class FeatureStore:
         return lengths
 
     def take(self, windows: int) -> PackedFeatures:
-        """The next so many windows (`next_windows` tells how many) as one row."""
+        """The next windows as one row; `windows` is the length of what `next_windows` returned."""
         first, self._position = self._position, self._position + windows
         return pack([sample.features for sample in self._order[first : self._position]])
 
@@ -98,8 +107,8 @@ class FeatureStore:
     def forget(self) -> None:
         """Drop all windows.
 
-        They are not part of a checkpoint, which they would dwarf. A run that forgets them when it saves goes on as one
-        that resumes from there.
+        They are not part of a checkpoint, because they would be most of it. A run that forgets them when it saves a
+        checkpoint continues exactly as one that resumes from it.
         """
         self._samples, self._held_out = [], []
         self._order, self._position = [], 0

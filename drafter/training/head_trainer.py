@@ -37,7 +37,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class Flush:
-    """What went into one optimizer step, over all ranks."""
+    """What one optimizer step was taken from, over all ranks."""
 
     slices: int
     loss: float
@@ -45,7 +45,7 @@ class Flush:
     grad_norm: float
     """Before clipping."""
     stepped: bool
-    """False when there was nothing to learn from, or the gradient was not finite and was dropped."""
+    """False when nothing counted, or the gradient was not finite and was dropped."""
 
 
 class _RowSlice:
@@ -63,16 +63,22 @@ class DraftTrainer:
     """The source of training slices (`drafter.idle_time.slices.SliceSource`), and the optimizer behind it."""
 
     def __init__(self, head: EagleHead, store: FeatureStore, loss: LossOptions, options: OptimizerOptions) -> None:
-        """`head` is the same on all ranks; it decides the device of the training."""
+        """
+        Args:
+            head: the same on all ranks; its device is that of the training.
+            store: the training data.
+            loss: weights of the parts of the loss.
+            options: of the optimizer.
+        """
         self.head, self.store = head, store
         self.policy: FrozenPolicy | None = None
-        """What the newest features of the store were computed with; no slices before it is there."""
+        """The weights that the newest features of the store were computed with; without them there are no slices."""
         self.updates = 0
         """Optimizer steps taken."""
         self.slices = 0
-        """Run on this rank since the last flush."""
+        """Slices run on this rank since the last flush."""
         self.tokens = 0
-        """Of those slices."""
+        """Tokens of those slices."""
         self._loss, self._options = loss, options
         self._parameters = list(head.parameters())
         self.reset_optimizer()
@@ -91,7 +97,7 @@ class DraftTrainer:
         self._sums = torch.zeros(3, device=self._parameters[0].device)  # weight, cross-entropy, counted tokens
 
     def next(self, fits: Fits) -> _RowSlice | None:
-        """The next slice, or None while there is nothing to learn from. The row is halved until it fits."""
+        """The next slice, or None while there is no training data; the row is halved until it fits."""
         most = self.store.tokens_per_row
         lengths = self.store.next_windows(most) if self.policy is not None else []
         while len(lengths) > 1 and not fits(sum(lengths)):
@@ -133,7 +139,7 @@ class DraftTrainer:
         return report
 
     def _flat_gradient(self) -> Tensor:
-        # Ranks that ran nothing take part with zeros.
+        # Ranks that ran no slice contribute zeros.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         return torch.cat([gradient.reshape(-1).float() for gradient in gradients])
 
@@ -150,7 +156,7 @@ class DraftTrainer:
         self.updates += 1
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, right after a flush: the same on all ranks, tensors included."""
+        """State for a checkpoint, right after a flush: the same on all ranks, tensors included."""
         return {
             "head": self.head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -158,7 +164,7 @@ class DraftTrainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of an earlier trainer of such a head."""
+        """Continue from `state()` of an earlier trainer of a head with the same shape."""
         self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]

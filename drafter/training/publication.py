@@ -1,4 +1,4 @@
-"""Decides which head drafts: a trained one reaches the engines only when it drafts better than the one they have."""
+"""Decides which head drafts: engines get a trained head only when it drafts better than the one they have."""
 
 import copy
 import math
@@ -13,13 +13,13 @@ from drafter.eagle.head import EagleHead
 from drafter.eagle.packed_rows import FrozenPolicy, PackedFeatures
 
 CLEARLY_WORSE = 0.1
-"""Share of the live head's accepted drafts that a trained head may lose before it is given up ..."""
+"""Fraction of the live head's accepted tokens that a trained head may lose before it is discarded."""
 NOISE = 0.05
-"""... and the loss in tokens per verification that is forgiven in any case."""
+"""Loss in tokens per verification that is tolerated in any case."""
 
 
 class Decision(Enum):
-    """What becomes of a trained head."""
+    """What to do with a trained head."""
 
     PUBLISH = "publish"
     KEEP_TRAINING = "keep training"
@@ -41,27 +41,30 @@ class LiveHead:
     """The head that the engines draft with: a copy of the weights when they were published, and their version."""
 
     def __init__(self, head: EagleHead) -> None:
-        """Version 0 is the head that the run starts with."""
+        """
+        Args:
+            head: the one that the run starts with, version 0.
+        """
         self.head = copy.deepcopy(head).requires_grad_(False)
         self.version = 0
         self.step = 0
-        """Of the run, at which it was published."""
+        """The step of the run after which it was published."""
 
     def publish(self, trained: EagleHead, step: int) -> None:
-        """`trained` as it is now becomes the live head."""
+        """Copy the weights of `trained`, which becomes the live head."""
         self.head.load_state_dict(trained.state_dict())
         self.version, self.step = self.version + 1, step
 
     def restore_into(self, trained: EagleHead) -> None:
-        """Give `trained` the live weights back."""
+        """Replace the weights of `trained` by the live ones."""
         trained.load_state_dict(self.head.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {"head": self.head.state_dict(), "version": self.version, "step": self.step}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Continue from `state()`."""
         self.head.load_state_dict(state["head"])
         self.version, self.step = state["version"], state["step"]
 
@@ -77,7 +80,7 @@ def score(
     """Expected acceptance over the held-out rows of all ranks; each rank gives its own. A collective operation.
 
     Args:
-        head: to be judged; on the device of `policy`.
+        head: to evaluate; on the device of `policy`.
         rows: held-out rows of this rank, possibly none.
         policy: what they were computed with.
         steps: draft tokens per verification.

@@ -64,13 +64,17 @@ class PolicyTokens:
 class PolicyLoss:
     """What all algorithms have: the built-in ones and those that `algorithm.name` gives as `package.module:Class`.
 
-    Derive them from `PolicyAlgorithm` or `CriticAlgorithm`. An algorithm is built from its settings on every rank and
-    keeps nothing between calls, so a resumed run needs nothing else. KL penalty, entropy bonus, mismatch correction and
-    aggregation are the same for all of them.
+    Derive them from `PolicyAlgorithm`, and define `advantages`, or from `CriticAlgorithm`, and define `estimate`.
+    Override `token_loss` where the loss is not PPO's, and `__init__` to check options. KL penalty, entropy bonus,
+    mismatch correction and aggregation are the same for all of them.
+
+    An algorithm is built from its settings on every rank, several times in a run, and keeps nothing between calls, so a
+    resumed run needs nothing else. Every rank calls it with the same values of the whole step (`advantages`,
+    `estimate`), or with its own micro-batch (`token_loss`), and has to come to the same results: no random numbers.
     """
 
     def __init__(self, settings: AlgorithmConfig) -> None:
-        """Keep the settings.
+        """A class of one's own may check `settings.options` here, after `super().__init__(settings)`.
 
         Args:
             settings: the section `algorithm`.

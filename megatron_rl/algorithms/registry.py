@@ -1,7 +1,5 @@
 """From `algorithm.name` to the algorithm."""
 
-import importlib
-
 from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm
 from megatron_rl.algorithms.cispo import Cispo
 from megatron_rl.algorithms.grpo import Grpo
@@ -11,6 +9,7 @@ from megatron_rl.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from megatron_rl.algorithms.rloo import Rloo
 from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.import_path import import_object
 
 BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
     "grpo": Grpo,
@@ -27,7 +26,10 @@ BUILTIN: dict[str, type[PolicyAlgorithm | CriticAlgorithm]] = {
 
 
 def load_algorithm(settings: AlgorithmConfig) -> PolicyAlgorithm | CriticAlgorithm:
-    """The algorithm that `settings.name` names: built-in, or a user's class.
+    """The algorithm that `settings.name` names: built-in, or a user's class as `package.module:Class`.
+
+    Args:
+        settings: the section `algorithm`; the algorithm is built from it as `Class(settings)`.
 
     Raises:
         ConfigError: when there is no such class, it is not an algorithm that can be built, or other settings do not go
@@ -54,10 +56,9 @@ def needs_critic(settings: AlgorithmConfig) -> bool:
 def _users_class(settings: AlgorithmConfig) -> type[PolicyAlgorithm | CriticAlgorithm]:
     module_name, _, class_name = settings.name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        raise ConfigError(f"algorithm.name={settings.name}: importing {module_name} failed with {reason}.") from error
+        found = import_object(settings.name)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.name={settings.name}: {error}.") from error
     if not isinstance(found, type) or not issubclass(found, PolicyAlgorithm | CriticAlgorithm):
         raise ConfigError(
             f"algorithm.name={settings.name}: {module_name} has no class {class_name} derived from "

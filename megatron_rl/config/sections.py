@@ -89,11 +89,12 @@ class DataConfig(Section):
     """Prompts to train and evaluate on."""
 
     train: str = "arithmetic"
-    """`arithmetic` (built in), a `.jsonl` or `.parquet` file, or the name of a `datasets` data set
-    (`name:configuration`, or `name:file` with a file in it, when it has several)."""
+    """`arithmetic` (built in), a `.jsonl` or `.parquet` file, a function of yours as `package.module:function` that
+    returns or yields records (see `docs/data.md`), or the name of a `datasets` data set (`name:configuration`, or
+    `name:file` with a file in it, when it has several)."""
     eval: list[str] = Field(default_factory=lambda: ["arithmetic-heldout"])
-    """Sets of held-out prompts: `arithmetic-heldout`, files, `datasets` names, or public sets by `NAME` or `NAME=FILE`
-    (see `docs/evaluation.md`)."""
+    """Sets of held-out prompts: `arithmetic-heldout`, files, functions of yours, `datasets` names, or public sets by
+    `NAME` or `NAME=FILE` (see `docs/evaluation.md`)."""
     templates: dict[str, str] = Field(default_factory=dict)
     """User messages for public sets of `eval`, by their names, instead of their own; `{problem}` stands for the
     problem."""
@@ -131,7 +132,7 @@ class RewardConfig(Section):
     """exact: the answer text is equal; numeric: the last number is equal; math: math-verify on the (boxed) answer;
     choice: the chosen letter is equal."""
     function: str | None = None
-    """A function of yours as `package.module:name`, called as `f(prompt, response, answer) -> float`, instead of
+    """A function of yours as `package.module:function`, called as `f(prompt, response, answer) -> float`, instead of
     `name`."""
     timeout_s: PositiveFloat = 10.0
     """Seconds after which the scoring of one response is given up and counted as 0."""

@@ -1,4 +1,8 @@
-"""Prompts to train and evaluate on, whatever layout they come in."""
+"""Prompts to train and evaluate on, whatever layout they come in.
+
+A source of one's own is a function without arguments, named in `data.train` or `data.eval` as
+`package.module:function`, that returns or yields records: dicts with the columns of a file (`docs/data.md`).
+"""
 
 import hashlib
 import json
@@ -6,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_rl.config import ConfigError
@@ -57,8 +62,8 @@ def load_prompts(
     """Read and tokenize one set of prompts.
 
     Args:
-        name: `arithmetic`, `arithmetic-heldout`, a `.jsonl` or `.parquet` file, or a `datasets` name; for a held-out
-            set also `NAME` or `NAME=FILE` of a public one.
+        name: `arithmetic`, `arithmetic-heldout`, a `.jsonl` or `.parquet` file, a user's `package.module:function`, or
+            a `datasets` name; for a held-out set also `NAME` or `NAME=FILE` of a public one.
         data: the `data` section.
         tokenizer: a `transformers` tokenizer; chat messages go through its template.
         split: split of a `datasets` name.
@@ -173,7 +178,7 @@ def _text(value: Any) -> str | None:
     """Answers may be texts, numbers or, in verl's layout, lists of texts."""
     if value is None or isinstance(value, str):
         return value
-    return str(value) if isinstance(value, int | float) else json.dumps(value, default=str)
+    return str(value) if isinstance(value, Real) else json.dumps(value, default=str)
 
 
 def _is_prompt(content: Any) -> bool:

@@ -11,7 +11,7 @@ from megatron_rl.config import Config
 from megatron_rl.distributed.device import check_quantization, cores, on_gpu, shared_environment
 
 if TYPE_CHECKING:
-    from rollout.engine.engine import EngineEnvironment
+    from rollout.engine.engine_arguments import EngineEnvironment
 
 
 AMX_PROBE = """
@@ -36,7 +36,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
     Raises:
         ConfigError: when `rollout.quantization` does not work here.
     """
-    from rollout.engine.engine import EngineEnvironment
+    from rollout.engine.engine_arguments import EngineEnvironment
 
     check_quantization(config)
     environment = shared_environment()

@@ -21,7 +21,7 @@ from megatron_rl.observability.benchmark_results import publish
 from megatron_rl.preflight import load_tokenizer
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
-from rollout.speculation.bandit import make_arms
+from rollout.speculation.arms import make_arms
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts
 
 PLAIN = "plain"

@@ -9,7 +9,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.generation.groups import Group, visit
 from megatron_rl.metrics import Metrics
-from rollout.fleet.requests import RequestKey, go_on, join, key_of
+from rollout.fleet.requests import RequestKey, continue_from, join_rollouts, key_of
 from rollout.types import Rollout, RolloutRequest, TokenSource
 
 
@@ -64,13 +64,13 @@ class Pool:
             if request.sample_index not in group.rollouts
         ]
         pairs = ((request, self.unfinished.get(key_of(request))) for request in left)
-        return [request if rollout is None else go_on(request, rollout) for request, rollout in pairs]
+        return [request if rollout is None else continue_from(request, rollout) for request, rollout in pairs]
 
     def add(self, rollout: Rollout) -> None:
         """Take what the fleet gave for one of `requests()`: its end, or as far as it has come."""
         key = key_of(rollout)
         if (beginning := self.unfinished.pop(key, None)) is not None:
-            rollout = join(beginning, rollout)
+            rollout = join_rollouts(beginning, rollout)
         if rollout.finish_reason == "unfinished":
             self.unfinished[key] = rollout
         else:

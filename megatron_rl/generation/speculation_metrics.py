@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.metrics import Metrics
-from rollout.speculation.bandit import EAGLE
+from rollout.speculation.arms import EAGLE
 from rollout.types import HISTORY, SUFFIX, Rollout, SpeculationCounts, TokenSource
 
 log = logging.getLogger(__name__)

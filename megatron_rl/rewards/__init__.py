@@ -1,4 +1,26 @@
-"""Rewards: built-in ones, a user's function, and the processes that run them."""
+"""Rewards: built-in ones, a user's function, and the processes that run them.
+
+A reward of one's own is a function, named in `reward.function` as `package.module:function`:
+
+    def score(prompt: str, response: str, answer: str) -> float
+
+Args:
+    prompt: what the model was given, the chat template applied.
+    response: what it wrote, without special tokens such as the end of the text.
+    answer: the record's reference answer as text; a list or dict as JSON.
+
+Returns:
+    A finite number, or anything with `__float__`: the larger the better. Algorithms compare the responses to a prompt,
+    so the scale seldom matters; evaluation counts a response as right when its score is positive.
+
+Raises:
+    Anything: the response then counts as 0, `reward/errors` counts it, and the log names the record.
+
+It is called for one response at a time in one of several worker processes, one per core, each of which imports the
+module once and does not import torch of itself. So it should depend on its arguments alone: processes share nothing,
+are killed and replaced after `reward.timeout_s`, and a resumed run scores again what it generates again. What it
+prints goes to stderr. `examples/reward` is a working one.
+"""
 
 from megatron_rl.rewards.score import Score, ScoreItem, Scorer
 

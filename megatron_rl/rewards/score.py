@@ -58,11 +58,16 @@ class Score:
 class Scorer:
     """Scores responses by the `reward` section. Not for use from several threads at once; close it at the end.
 
-    `exact` and `numeric` run here; everything else in worker processes, which a hanging reward cannot outlive: after
-    `reward.timeout_s` the worker is killed and replaced.
+    `exact`, `numeric` and `choice` run here; everything else in worker processes, which a hanging reward cannot
+    outlive: after `reward.timeout_s` the worker is killed and replaced.
+
+    Args:
+        reward: the section `reward`.
+        max_tokens: longest response, at which `reward.length_penalty` is largest.
+        workers: worker processes; None: one per core.
 
     Raises:
-        ConfigError: at construction, when `reward.function` cannot be used.
+        ConfigError: when `reward.function` cannot be used.
     """
 
     def __init__(self, reward: RewardConfig, max_tokens: int, workers: int | None = None) -> None:

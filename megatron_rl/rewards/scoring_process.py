@@ -19,6 +19,12 @@ from megatron_rl.rewards.builtin import BUILTIN
 def evaluate(reward: Callable[[str, str, str], Any], prompt: str, response: str, answer: str) -> float:
     """The reward as a finite float.
 
+    Args:
+        reward: a built-in reward or a user's function (`megatron_rl.rewards`).
+        prompt: what the model was given.
+        response: what it wrote.
+        answer: the record's reference answer.
+
     Raises:
         TypeError: when it is not a number.
         ValueError: when it is NaN or infinite.
@@ -33,7 +39,10 @@ def evaluate(reward: Callable[[str, str, str], Any], prompt: str, response: str,
 
 
 def resolve(name: str) -> Callable[[str, str, str], Any]:
-    """The built-in reward `name`, or the function of a `package.module:function`.
+    """The reward that `name` stands for, imported and ready to be called.
+
+    Args:
+        name: a built-in reward, or a user's `package.module:function`.
 
     Raises:
         ValueError: with the reason, when there is no such function.

@@ -1,1 +1,1 @@
-"""One vLLM engine, and what is changed in vLLM."""
+"""One vLLM engine, and the functions of vLLM that are replaced."""

@@ -7,41 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megatron_rl.config import Config, ConfigError
-from rollout.engine.vllm_options import check_sampling_options, check_vllm_options
-from rollout.quantization.quantization_settings import quantization_arguments
-from rollout.speculation.bandit import EAGLE
-from rollout.speculation.eagle import head_arguments
+from megatron_rl.config import ConfigError
 from rollout.speculation.head_weights import PackedHead
-from rollout.types import (
-    GROUP_KEY,
-    LENIENCE_KEY,
-    PAST_KEY,
-    SEED_KEY,
-    SPECULATION_KEY,
-    Rollout,
-    RolloutRequest,
-    TokenSource,
-)
+from rollout.speculation.speculation_settings import LearnedSpeculation, SpeculationSettings
+from rollout.types import RequestExtras, Rollout, RolloutRequest, SpeculationCounts, TimelineStep, TokenSource
 from rollout.weight_transfer.checksum import combine
 
 if TYPE_CHECKING:
     from rollout.quantization.int8 import Rounding
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineEnvironment:
-    """What an engine needs to know of the machine; filled in by the program that knows it."""
-
-    env: dict[str, str]  # environment variables of the engine's process
-    gpus: float  # GPUs that Ray sets aside for one engine; 0 on CPU
-    dtype: str  # vLLM's dtype name, e.g. "float32"
-    weight_sync: str  # "shm" | "ipc" | "nccl"
-    vocab_limit: int  # token ids from this one on are never sampled: the size of the tokenizer
-    vllm: dict[str, Any]  # vLLM options that suit the machine; those of `rollout.vllm` come on top
-    shared_gpus: tuple[
-        str, ...
-    ] = ()  # ids of a node's GPUs that engines share with the trainer, see `rollout.fleet.placement`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,70 +23,10 @@ class TimedGeneration:
 
     rollouts: list[Rollout]
     seconds: float
-    full_tokens: int  # emitted while as many requests were live as allowed
+    full_tokens: int
+    """Emitted while as many requests were live as allowed."""
     full_seconds: float
-
-
-def engine_arguments(
-    config: Config,
-    environment: EngineEnvironment,
-    model_path: str,
-    drafter_path: str | None = None,
-    engine: int = 0,
-) -> dict[str, Any]:
-    """The arguments of vLLM's `EngineArgs` for that engine of the fleet.
-
-    `drafter_path` is the folder of an EAGLE head, None: `drafter.path`.
-
-    Raises ConfigError, see `check_vllm_options`, `check_sampling_options`, `eagle.head_arguments` and
-    `quantization_arguments`.
-    """
-    check_vllm_options(config.rollout.vllm)
-    check_sampling_options(config.rollout.sampling)
-    arguments: dict[str, Any] = {
-        "max_model_len": config.data.max_prompt_tokens + config.rollout.max_tokens,
-        "disable_log_stats": True,
-        **environment.vllm,
-        **config.rollout.vllm,
-        "model": model_path,
-        "dtype": environment.dtype,
-        "tensor_parallel_size": config.rollout.tp_size,
-        "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": {"backend": environment.weight_sync},
-        "worker_extension_cls": "rollout.engine.worker.WorkerExtension",
-    }
-    if config.rollout.tp_size > 1:
-        # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
-        arguments["distributed_executor_backend"] = "mp"
-    arguments |= quantization_arguments(config, engine, model_path, environment.dtype)
-    return arguments | _speculation_arguments(config, drafter_path)
-
-
-def _speculation_arguments(config: Config, drafter_path: str | None) -> dict[str, Any]:
-    speculation, history = config.rollout.speculation, config.rollout.history
-    drafts, reuses = speculation.adaptive != "off", history.mode != "off"
-    if not drafts and not reuses:
-        return {}
-    drafter = {"method": "custom_class", "model": "rollout.speculation.no_drafts.NoDrafts"}
-    if speculation.uses_head:
-        drafter = head_arguments(config, drafter_path)
-    longest = max(speculation.max_draft_tokens if drafts else 0, history.max_draft_tokens if reuses else 0)
-    return {
-        "speculative_config": drafter | {"num_speculative_tokens": longest},
-        "scheduler_cls": "rollout.speculation.scheduler.SpeculativeScheduler",
-        "async_scheduling": False,
-        "additional_config": {
-            SPECULATION_KEY: {
-                "adaptive": speculation.adaptive,
-                "drafters": speculation.drafters if drafts else [],
-                "history_tokens": history.max_draft_tokens if reuses else 0,
-                "max_draft_tokens": speculation.max_draft_tokens,
-                "max_bytes": speculation.memory_mb * 2**20,
-                "seed": config.train.seed,
-            }
-        },
-    }
+    """Duration of that time."""
 
 
 class RolloutEngine:
@@ -126,11 +39,13 @@ class RolloutEngine:
         sampling: dict[str, Any] | None = None,
         precision: str = "none",
     ) -> None:
-        """`arguments`: see `engine_arguments`. Does nothing yet, because an actor's errors are clearer in a method.
+        """Note the options; `start` loads the model, because an actor's errors are clearer in a method.
 
-        `coupled` samples with each request's seed (otherwise by vLLM's own rules); `sampling` are further options of
-        vLLM's SamplingParams for every request; `precision`, by the names of `rollout.quantization`, is what rollouts
-        are marked with.
+        Args:
+            arguments: see `engine_arguments`.
+            coupled: sample with each request's seed; otherwise by vLLM's own rules.
+            sampling: further options of vLLM's SamplingParams for every request.
+            precision: what rollouts are marked with, by the names of `rollout.quantization`.
         """
         self._arguments, self._coupled, self._sampling = arguments, coupled, sampling or {}
         self._precision = precision
@@ -143,7 +58,9 @@ class RolloutEngine:
     def start(self) -> int:
         """Load the model; returns how many requests can run at the same time.
 
-        Raises ConfigError for options that vLLM refuses, and whatever else vLLM raises.
+        Raises:
+            ConfigError: vLLM refuses an option.
+            Exception: whatever else vLLM raises.
         """
         from vllm import EngineArgs, LLMEngine
 
@@ -154,8 +71,9 @@ class RolloutEngine:
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
         self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
         self._stop_ids = self._eos_token_ids()
-        if self._speculates and EAGLE not in self._arguments["additional_config"][SPECULATION_KEY]["drafters"]:
-            # The scheduler drafts: the worker need not be asked after every step whether it did.
+        settings = SpeculationSettings.from_vllm(self._arguments.get("additional_config", {}))
+        if settings is not None and not settings.uses_head:
+            # The scheduler drafts: no need to query the worker after every step for drafts.
             self._llm.engine_core.engine_core.check_for_draft_tokens = False
         max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         return max_requests
@@ -174,10 +92,13 @@ class RolloutEngine:
         self._policy_version = version
 
     def submit(self, requests: list[RolloutRequest]) -> None:
-        """Queue requests; none of them, with a ValueError, when one does not fit the engine's length or vocabulary.
+        """Queue requests.
 
-        One that has begun elsewhere or earlier goes on after its tokens, and its rollout has the new ones alone. Noise
-        belongs to places in the sequence, so nothing else has to be said about where it goes on.
+        A request with `partial_ids` continues after them, and its rollout has the new tokens alone. The noise depends
+        on the position in the sequence, so it is the same as if the response had been generated in one go.
+
+        Raises:
+            ValueError: a request does not fit the engine's length or vocabulary; none of the requests is queued.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -187,30 +108,33 @@ class RolloutEngine:
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
-                max_tokens=min(request.max_tokens, self._limit or request.max_tokens) - len(request.begun),
+                max_tokens=min(request.max_tokens, self._limit or request.max_tokens) - len(request.partial_ids),
                 stop_token_ids=[] if request.ignore_eos else self._stop_ids,
                 ignore_eos=request.ignore_eos,
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=self._extra_arguments(request),
-                **self._sampling_after(len(request.begun)),
+                **self._sampling_after(len(request.partial_ids)),
             )
             self._submitted += 1
             name = str(self._submitted)
-            prompt = {"prompt_token_ids": request.prompt_ids + request.begun}
+            prompt = {"prompt_token_ids": request.prompt_ids + request.partial_ids}
             self._internal_names[name] = self._llm.add_request(name, prompt, parameters)
             self._running[name] = request
 
     def _sampling_after(self, tokens: int) -> dict[str, Any]:
-        """`rollout.sampling` for a response that has so many tokens already."""
+        """`rollout.sampling` for a response that already has this number of tokens."""
         shortest = self._sampling.get("min_tokens", 0)
         return self._sampling | ({"min_tokens": max(shortest - tokens, 0)} if shortest else {})
 
     def shorten(self, limit: int | None) -> None:
-        """End all responses, also those submitted later, at so many tokens, or where they are if longer; None: do not.
+        """Limit the length of all responses, also of those submitted later; longer ones end where they are.
 
         A rollout that is shorter than its request's `max_tokens` and did not stop by itself was ended by this.
+
+        Args:
+            limit: in tokens; None: no limit.
         """
         self._limit = limit
         if limit is not None:
@@ -218,23 +142,22 @@ class RolloutEngine:
                 request.max_tokens = min(request.max_tokens, limit)
 
     def sleep(self, level: int) -> None:
-        """Leave the accelerator's memory to others, as vLLM's sleep mode does: see `rollout.sleep`.
+        """Release the accelerator's memory, as vLLM's sleep mode does: see `rollout.sleep`.
 
-        Raises RuntimeError while requests are running.
+        Raises:
+            RuntimeError: requests are running.
         """
         if self._running:
             raise RuntimeError(f"{len(self._running)} requests are still running; an engine sleeps between them.")
         self._llm.sleep(level)
 
     def wake_up(self, part: str) -> None:
-        """Take back the memory of one part: `weights`, then, after a weight update, `kv_cache`."""
+        """Allocate the memory of one part again: `weights`, then, after a weight update, `kv_cache`."""
         self._llm.wake_up([part])
 
     def _extra_arguments(self, request: RolloutRequest) -> dict[str, Any]:
-        seed = {SEED_KEY: request.seed} if self._coupled else {}
-        past = {PAST_KEY: request.past} if request.past is not None else {}
-        lenience = {LENIENCE_KEY: request.lenience} if request.lenience is not None else {}
-        return {GROUP_KEY: request.prompt_id} | seed | past | lenience
+        seed = request.seed if self._coupled else None
+        return RequestExtras(seed, request.prompt_id, request.past, request.lenience).to_dict()
 
     def _check(self, request: RolloutRequest) -> None:
         model = self._llm.model_config
@@ -248,7 +171,7 @@ class RolloutEngine:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of {model.get_vocab_size()}.")
 
     def poll(self, seconds: float) -> list[Rollout]:
-        """Generate for that long, or until nothing is left to do; returns what finished meanwhile."""
+        """Generate for that long, or until no request is left; returns what has finished."""
         deadline = time.monotonic() + seconds
         finished: list[Rollout] = []
         while self._running and time.monotonic() < deadline:
@@ -296,16 +219,16 @@ class RolloutEngine:
         # The engine core runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
         return self._llm.engine_core.engine_core.scheduler
 
-    def take_speculation_counts(self) -> Any:
-        """`SpeculationCounts` since the last call, or None when the engine does not speculate."""
+    def take_speculation_counts(self) -> SpeculationCounts | None:
+        """What drafting did since the last call, or None when the engine does not draft."""
         return self._scheduler.take_counts() if self._speculates else None
 
-    def speculation_state(self) -> dict[str, Any] | None:
-        """What adaptive speculation has learned, as plain values; None when the engine does not speculate."""
+    def speculation_state(self) -> LearnedSpeculation | None:
+        """What adaptive speculation has learned; None when the engine does not draft."""
         return self._scheduler.state() if self._speculates else None
 
-    def restore_speculation(self, state: dict[str, Any]) -> None:
-        """Take over what `speculation_state` returned."""
+    def restore_speculation(self, state: LearnedSpeculation) -> None:
+        """Continue from what `speculation_state` returned."""
         if self._speculates:
             self._scheduler.restore(state)
 
@@ -323,20 +246,23 @@ class RolloutEngine:
                 self.submit([waiting.pop() for _ in range(min(live - len(self._running), len(waiting)))])
             rollouts += [self._rollout(output) for output in self._step() if output.finished]
             if full is None and not waiting and len(self._running) < live:
-                under_way = sum(request.num_output_tokens for request in self._scheduler.requests.values())
-                full = sum(len(rollout.token_ids) for rollout in rollouts) + under_way, time.perf_counter() - start
+                unfinished = sum(request.num_output_tokens for request in self._scheduler.requests.values())
+                full = sum(len(rollout.token_ids) for rollout in rollouts) + unfinished, time.perf_counter() - start
         seconds = time.perf_counter() - start
         return TimedGeneration(rollouts, seconds, *(full or (0, 0.0)))
 
     def set_speculation(self, adaptive: str, max_draft_tokens: int, drafters: list[str] | None = None) -> None:
-        """Draft by this rule from now on, with what the rule has learned but no text remembered: for benchmarks.
+        """Draft by this rule from now on, with what it has learned but an empty n-gram index: for benchmarks.
 
-        `drafters` are some of the configured ones, None: all.
+        Args:
+            adaptive: as `rollout.speculation.adaptive`.
+            max_draft_tokens: per request and step.
+            drafters: some of the configured ones; None: all.
         """
         self._scheduler.set_speculation(adaptive, max_draft_tokens, drafters)
 
-    def speculation_timeline(self) -> list[tuple[float, int, str, int]]:
-        """The last generation's steps: (start in seconds, live requests, chosen arm, tokens emitted)."""
+    def speculation_timeline(self) -> list[TimelineStep]:
+        """The last generation's steps."""
         return list(self._scheduler.timeline)
 
     def take_verify_seconds(self) -> float:
@@ -345,7 +271,7 @@ class RolloutEngine:
         return seconds
 
     def take_unfinished(self) -> list[Rollout]:
-        """End all requests; returns what there is of those that have begun, with finish reason "unfinished"."""
+        """End all requests; returns those that have tokens, with finish reason "unfinished"."""
         from vllm.v1.engine import FinishReason
 
         states = self._llm.output_processor.request_states
@@ -360,7 +286,11 @@ class RolloutEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": request.init_info})
 
     def start_weight_update(self) -> None:
-        """vLLM's weight-sync protocol. Raises RuntimeError while requests are running."""
+        """vLLM's weight-sync protocol.
+
+        Raises:
+            RuntimeError: requests are running.
+        """
         if self._running:
             raise RuntimeError(f"{len(self._running)} requests are still running; finish or abort them before a sync.")
         self._llm.collective_rpc("start_weight_update")
@@ -382,10 +312,10 @@ class RolloutEngine:
         """
         self._llm.collective_rpc("load_head", args=(head,))
         self._scheduler.renew_head(version)
-        self._llm.reset_prefix_cache()  # or leave it while requests need it: what it makes worse are drafts
+        self._llm.reset_prefix_cache()  # fails while requests need the cache, which makes drafts worse, not tokens
 
     def stop(self) -> None:
-        """Let vLLM's worker processes end in good order: killed, they leave their shared memory behind."""
+        """Shut vLLM's worker processes down: if killed, they would leave their shared memory behind."""
         self._llm.engine_core.shutdown()
 
     def weight_rounding(self) -> list[dict[str, "Rounding"]]:

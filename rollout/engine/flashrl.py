@@ -4,7 +4,7 @@ With this package installed, they act on every vLLM process, through the plugin 
 
 - `FLASHRL_CONFIG`: bf16 leaves the model as it is, and log-probs become those of the distribution that was sampled
   (temperature, top-k, top-p and masks included), which importance sampling needs; fp8 and int8 quantize the linear
-  layers as well, anew at every update; so does the path of a file that `megatron-rl quantize setup` wrote.
+  layers as well, again at every update; so does the path of a file that `megatron-rl quantize setup` wrote.
 - `FLASHRL_LMHEAD_FP32=1`: logits are computed in float32.
 - `FLASHRL_TEST_RELOAD=1`: after loading, the same weights are loaded once more, and the process ends if that changes
   anything.
@@ -26,7 +26,7 @@ from torch.nn import Module
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.quantization import read_quantization_file
-from rollout.quantization.quantization_settings import METHOD, method_settings
+from rollout.quantization.quantization_settings import METHOD, QuantizationSettings
 
 CONFIG = "FLASHRL_CONFIG"
 LM_HEAD_FP32 = "FLASHRL_LMHEAD_FP32"
@@ -45,8 +45,10 @@ log = logging.getLogger(__name__)
 class DropIn:
     """What the variables ask for."""
 
-    quantization: str  # as `rollout.quantization`
-    profile: str | None  # as `rollout.quantization_profile`
+    quantization: str
+    """As `rollout.quantization`."""
+    profile: str | None
+    """As `rollout.quantization_profile`."""
     exact_logprobs: bool
     lm_head_fp32: bool
     test_reload: bool
@@ -58,7 +60,7 @@ class DropIn:
         """Read the variables; None when none of them is set (or all are empty).
 
         Raises:
-            ConfigError: for a value that means nothing.
+            ConfigError: for a value that is not understood.
         """
         given = {name: environment[name] for name in VARIABLES if environment.get(name)}
         if not given:
@@ -139,17 +141,17 @@ class DropIn:
         if "quantization_config" in hf:
             raise ConfigError(f"{source} needs an unquantized model, but {arguments.model} is quantized already.")
         layers = int(hf.get("text_config", hf)["num_hidden_layers"])
-        settings = method_settings(self.quantization, layers, [], self.profile, self.lm_head_fp32)
+        settings = QuantizationSettings.for_model(self.quantization, layers, [], self.profile, self.lm_head_fp32)
         arguments.quantization = METHOD
-        arguments.hf_overrides = arguments.hf_overrides | {"quantization_config": settings}
+        arguments.hf_overrides = arguments.hf_overrides | {"quantization_config": settings.to_vllm()}
 
 
 def install_drop_in() -> None:
-    """Let the variables act on this process; without them nothing happens.
+    """Apply the variables to this process; without them nothing happens.
 
     Raises:
         ConfigError: for a wrong value.
-        RuntimeError: for a vLLM version that is not among the tested.
+        RuntimeError: the installed vLLM is not among the tested versions.
     """
     settings = DropIn.from_environment(os.environ)
     if settings is None:
@@ -167,7 +169,7 @@ def install_drop_in() -> None:
 
 
 def renew_heads(worker: Any) -> None:
-    """After an update: on CPU an output layer that is the embedding multiplies with a copy, which vLLM forgets."""
+    """After an update: on CPU an output layer that is the embedding multiplies with a copy that vLLM does not renew."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
 
@@ -179,7 +181,7 @@ def renew_heads(worker: Any) -> None:
 
 @torch.inference_mode()
 def check_reload(worker: Any) -> None:
-    """Load a vLLM worker's weights once more, and compare every tensor and what every layer makes of an input.
+    """Load a vLLM worker's weights once more, and compare every tensor and every layer's output for a fixed input.
 
     Raises:
         ConfigError: when the weights do not come from disk.
@@ -207,7 +209,7 @@ def _fingerprints(model: Module) -> dict[str, str]:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     found = {name: _digest(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    # On CPU the plain layers multiply with packed copies that are no parameters.
+    # On CPU the plain layers multiply with packed copies that are not parameters.
     for name, layer in model.named_modules():
         if isinstance(layer, LinearBase | ParallelLMHead):
             columns = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim

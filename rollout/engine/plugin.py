@@ -1,11 +1,11 @@
 """The entry point through which vLLM loads this package (`vllm.general_plugins`), in each of its processes.
 
-Without `MEGATRON_RL_PLUGIN=1` in the environment, which engines of ours have, and without the variables of
-`rollout.engine.flashrl`, which are for engines of others, it changes nothing in vLLM. Its settings travel as
-environment variables because vLLM starts worker processes of its own:
+It changes nothing in vLLM without `MEGATRON_RL_PLUGIN=1` in the environment, which engines of ours have, and without
+the variables of `rollout.engine.flashrl`, which are for engines of other frameworks. Its settings travel as environment
+variables because vLLM starts worker processes of its own:
 
 - `MEGATRON_RL_VOCAB_LIMIT`: token ids from this one on are never sampled (the size of the tokenizer).
-- `MEGATRON_RL_DISABLE_AMX=1`: vLLM is told that the CPU has no AMX tiles, for machines that advertise but lack them.
+- `MEGATRON_RL_DISABLE_AMX=1`: vLLM does not use AMX tiles, for machines that advertise but lack them.
 """
 
 import os
@@ -18,11 +18,14 @@ DISABLE_AMX = "MEGATRON_RL_DISABLE_AMX"
 
 
 def register() -> None:
-    """Install coupled sampling, online quantization and the `shm` weight transfer in this process, and keep its sockets
-    to their hosts; any number of times.
+    """Install coupled sampling, online quantization and the `shm` weight transfer in this process; bind its sockets.
 
-    Or, for `rollout.engine.flashrl`, what its variables ask for. Raises ConfigError for a wrong setting, RuntimeError
-    for a vLLM version that is not among the tested.
+    In engines of other frameworks, install what the variables of `rollout.engine.flashrl` say. Further calls change
+    nothing.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        RuntimeError: the installed vLLM is not among the tested versions.
     """
     others = sorted(name for name in os.environ if name.startswith("FLASHRL_"))
     if os.environ.get(ENABLE) != "1":

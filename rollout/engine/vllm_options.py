@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_rl.config import ConfigError
 
-# Options of vLLM that follow from keys of ours, or on which this package relies.
+# Options of vLLM that follow from keys of ours, or on which this package relies -> the remedy in the message.
 _RESERVED = {
     "model": "set model.path",
     "tensor_parallel_size": "set rollout.tp_size",
@@ -27,7 +27,11 @@ _RESERVED = {
 
 
 def check_vllm_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError for a name in `rollout.vllm` that vLLM does not have or that is not to be set there."""
+    """Check the names in `rollout.vllm`.
+
+    Raises:
+        ConfigError: a name is not an option of vLLM, or must not be set there.
+    """
     from vllm import EngineArgs
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -41,7 +45,11 @@ def check_vllm_options(options: dict[str, Any]) -> None:
 
 
 def check_sampling_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError for a name or value in `rollout.sampling` that vLLM or coupled sampling does not take."""
+    """Check the names and values in `rollout.sampling`.
+
+    Raises:
+        ConfigError: vLLM or coupled sampling does not support a name, or vLLM refuses a value.
+    """
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 

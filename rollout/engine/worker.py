@@ -1,4 +1,4 @@
-"""What this package adds to vLLM's workers: new weights for an EAGLE head, and checksums of the weights in use."""
+"""What this package adds to vLLM's workers: weight updates of an EAGLE head, and checksums of the weights in use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +22,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.engine.vllm_patches import verify_clock
 from rollout.quantization.int8 import Rounding
 from rollout.quantization.online import weight_rounding
+from rollout.sampling.coupled_sampler import verify_clock
 from rollout.speculation.head_weights import PackedHead, unpack_head
 from rollout.weight_transfer.checksum import PartialChecksums, partial_checksum
 
-# (HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part)
-Part = tuple[str, tuple[slice, ...], tuple[int, ...], Tensor]
-# One Hugging Face projection in a (possibly fused) layer: name, live rows, rows in the full tensor, full row count.
-Rows = tuple[str, slice, slice, int]
+WeightPart = tuple[str, tuple[slice, ...], tuple[int, ...], Tensor]
+"""HF name, index of this worker's part in the full HF tensor, shape of the full tensor, the part."""
+Projection = tuple[str, slice, slice, int]
+"""A Hugging Face projection in a (possibly fused) layer: name, its rows there, in the full tensor, and their number."""
 
 _IDENTITY_ROWS = 256
 
@@ -49,7 +49,7 @@ class WorkerExtension:
         return seconds
 
     def load_head(self, packed: PackedHead) -> None:
-        """Load new weights into the EAGLE head. The modules that it shares with the policy take no part."""
+        """Load new weights into the EAGLE head, except for the modules that it shares with the policy."""
         head = self.model_runner.get_draft_model()
         with set_current_vllm_config(self.vllm_config), _without_shared(head, self.model_runner.get_model()):
             initialize_layerwise_reload(head)
@@ -64,7 +64,8 @@ class WorkerExtension:
     def weight_checksums(self) -> PartialChecksums:
         """Checksums of this worker's part of every Hugging Face tensor.
 
-        Raises NotImplementedError for layers whose weights are not kept as they were sent (quantized ones).
+        Raises:
+            NotImplementedError: a layer does not keep its weights as they were sent (a quantized one).
         """
         checksums: PartialChecksums = {}
         for name, index, shape, part in live_parts(self.model_runner.get_model()):
@@ -92,8 +93,8 @@ def _without_shared(head: torch.nn.Module, policy: torch.nn.Module) -> Iterator[
             setattr(parent, name, child)
 
 
-def live_parts(model: torch.nn.Module) -> Iterator[Part]:
-    """All Hugging Face tensors of which `model` (a vLLM model) holds a part, read from where they are used."""
+def live_parts(model: torch.nn.Module) -> Iterator[WeightPart]:
+    """All Hugging Face tensors of which `model` (a vLLM model) holds a part, read from the memory that is used."""
     fused_names: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     for prefix, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding):
@@ -110,6 +111,9 @@ def live_weight(layer: Any) -> Tensor:
 
     On CPU vLLM packs weights for its kernels; the product with the identity returns them, exactly: each dot product
     has one term that is not zero.
+
+    Raises:
+        NotImplementedError: the layer is quantized.
     """
     if not isinstance(layer.quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         raise NotImplementedError("checksums of quantized layers: set rollout.verify_weights: false")
@@ -121,7 +125,7 @@ def live_weight(layer: Any) -> Tensor:
     for start in range(0, width, _IDENTITY_ROWS):
         rows = torch.zeros(min(_IDENTITY_ROWS, width - start), width, dtype=layer.params_dtype)
         rows[:, start : start + len(rows)].fill_diagonal_(1)
-        # An output layer may answer in float32, which holds its weight exactly.
+        # An output layer may return float32, which holds its weight exactly.
         columns.append(layer.quant_method.apply(layer, rows, None).T.to(layer.params_dtype))
     return torch.cat(columns, dim=1)
 
@@ -130,7 +134,7 @@ def _everything(shape: torch.Size) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
 
 
-def _embedding_parts(prefix: str, module: VocabParallelEmbedding) -> Iterator[Part]:
+def _embedding_parts(prefix: str, module: VocabParallelEmbedding) -> Iterator[WeightPart]:
     shard = module.shard_indices
     index = (slice(shard.org_vocab_start_index, shard.org_vocab_end_index), slice(0, module.embedding_dim))
     # Looking a token up reads the plain table; only an output layer multiplies.
@@ -139,7 +143,7 @@ def _embedding_parts(prefix: str, module: VocabParallelEmbedding) -> Iterator[Pa
     yield f"{prefix}.weight", index, (module.org_vocab_size, module.embedding_dim), part
 
 
-def _linear_parts(prefix: str, module: LinearBase, fused_names: dict[str, list[str]]) -> Iterator[Part]:
+def _linear_parts(prefix: str, module: LinearBase, fused_names: dict[str, list[str]]) -> Iterator[WeightPart]:
     weight = live_weight(module)
     columns = slice(0, module.input_size)
     if isinstance(module, RowParallelLinear):
@@ -151,7 +155,7 @@ def _linear_parts(prefix: str, module: LinearBase, fused_names: dict[str, list[s
             yield f"{name}.bias", (rows,), (out_features,), module.bias[live]
 
 
-def _projections(prefix: str, module: LinearBase, fused_names: dict[str, list[str]]) -> Iterator[Rows]:
+def _projections(prefix: str, module: LinearBase, fused_names: dict[str, list[str]]) -> Iterator[Projection]:
     parent, _, own_name = prefix.rpartition(".")
     names = [f"{parent}.{name}" for name in fused_names.get(own_name, [own_name])]
     if isinstance(module, QKVParallelLinear):

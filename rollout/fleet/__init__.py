@@ -1,1 +1,1 @@
-"""The engines of a run: Ray actors, placement, restarts, and who generates what."""
+"""The engines of a run: Ray actors, placement, restarts, and the dispatch of requests."""

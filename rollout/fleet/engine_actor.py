@@ -9,7 +9,8 @@ from ray.exceptions import RayError
 
 from megatron_rl.config import ConfigError
 from rollout.engine import plugin
-from rollout.engine.engine import EngineEnvironment, RolloutEngine
+from rollout.engine.engine import RolloutEngine
+from rollout.engine.engine_arguments import EngineEnvironment
 from rollout.fleet.placement import options_on_shared_gpus
 
 
@@ -19,8 +20,9 @@ def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
     search_path = [source, *filter(None, [environment.env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
     return {
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "lo",  # an engine's workers are all on one node, and so
-        "VLLM_HOST_IP": "127.0.0.1",  # meet where no other node can come
+        # An engine's workers are all on one node, so they communicate where no other node can connect.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
         **environment.env,
         "PYTHONPATH": os.pathsep.join(search_path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -30,10 +32,16 @@ def engine_variables(environment: EngineEnvironment) -> dict[str, str]:
 
 
 def create_engine(environment: EngineEnvironment, arguments: tuple[Any, ...], index: int, tp_size: int) -> Any:
-    """A Ray actor with the `RolloutEngine` of these arguments, which is yet to be started.
+    """A Ray actor with a `RolloutEngine`, whose `start` is still to be called.
+
+    Args:
+        environment: the machine.
+        arguments: of `RolloutEngine`.
+        index: of the engine in the fleet.
+        tp_size: its GPUs.
 
     Raises:
-        ConfigError: when the machine has no room for engine `index` of `tp_size` GPUs.
+        ConfigError: the machine has no room for the engine.
     """
     strategy: Any = "SPREAD"  # over the nodes, where Ray's default fills the first one
     variables = engine_variables(environment)
@@ -44,7 +52,7 @@ def create_engine(environment: EngineEnvironment, arguments: tuple[Any, ...], in
         "num_cpus": 0,  # cores are shared out by thread counts, in `environment.env`
         "num_gpus": environment.gpus,
         "scheduling_strategy": strategy,
-        "max_restarts": 0,  # an engine is useless until it has been given the weights, so the fleet restarts it
+        "max_restarts": 0,  # the fleet restarts an engine, because it also has to give it the weights
         "runtime_env": {"env_vars": variables},
     }
     return ray.remote(RolloutEngine).options(**options).remote(*arguments)
@@ -53,7 +61,13 @@ def create_engine(environment: EngineEnvironment, arguments: tuple[Any, ...], in
 def wait_until_up(index: int, start: Any) -> int:
     """Wait for an engine's `start`; returns how many requests it can run at the same time.
 
-    Raises ConfigError for options that vLLM refuses, RuntimeError when it does not start for another reason.
+    Args:
+        index: of the engine in the fleet, for messages.
+        start: Ray's reference to the call of `RolloutEngine.start`.
+
+    Raises:
+        ConfigError: vLLM refuses an option.
+        RuntimeError: the engine does not start for another reason.
     """
     try:
         max_requests: int = ray.get(start)

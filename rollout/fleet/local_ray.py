@@ -1,4 +1,4 @@
-"""Ray for the engines: the cluster of RAY_ADDRESS, or one of this machine that nobody else can reach."""
+"""Ray for the engines: the cluster of RAY_ADDRESS, or one on this machine that other machines cannot reach."""
 
 import logging
 import os
@@ -9,14 +9,17 @@ from ray._private import ray_constants
 
 # For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
-# Old and new weights of the EAGLE head come on top. Without the room they work too, but Ray writes them to disk.
+# Old and new weights of the EAGLE head come on top. Without room for them Ray would write them to disk.
 _HEADS_IN_STORE = 2
 
 
 def start_ray(head_bytes: int = 0) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this node whose store has room for such heads.
+    """Connect to the cluster of RAY_ADDRESS, or start Ray on this node.
 
-    The one of this node listens on the loopback address alone, and has a token that only this process's children know.
+    Ray on this node listens on the loopback address alone, and has a token that only this process's children know.
+
+    Args:
+        head_bytes: size of an EAGLE head, for which the object store gets room.
     """
     # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -1,7 +1,7 @@
-"""Where engines go that share the trainer's GPUs.
+"""Placement of engines that share the trainer's GPUs.
 
-Ray would give every engine with a fraction of a GPU the first one, and an engine of two GPUs only one: so it is told
-the node, and each engine its GPUs, as many nodes as there are having the same ones.
+Ray would give every engine with a fraction of a GPU the first one, and an engine of two GPUs only one. So each engine
+is pinned to a node and to GPUs here; all nodes have the same GPUs.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_rl.config import ConfigError
 
 
-def place(index: int, tp_size: int, gpus: Sequence[str]) -> tuple[int, list[str]]:
-    """The number of the node of engine `index`, and which of its `gpus` it has; no two engines share one.
+def assign_gpus(index: int, tp_size: int, gpus: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of the node of an engine, and its GPUs there; no two engines share one.
+
+    Args:
+        index: of the engine in the fleet.
+        tp_size: its number of GPUs.
+        gpus: ids of a node's GPUs.
 
     Raises:
-        ConfigError: when a node has too few for one engine.
+        ConfigError: a node has too few GPUs for one engine.
     """
     per_node = len(gpus) // tp_size
     if not per_node:
@@ -29,18 +34,18 @@ def place(index: int, tp_size: int, gpus: Sequence[str]) -> tuple[int, list[str]
 
 
 def options_on_shared_gpus(index: int, tp_size: int, gpus: Sequence[str], nodes: Sequence[dict[str, Any]]) -> Any:
-    """What Ray is to do for that engine: (scheduling strategy, environment variables).
+    """Ray's options for an engine: (scheduling strategy, environment variables).
 
     Args:
         index: of the engine in the fleet.
-        tp_size: its GPUs.
+        tp_size: its number of GPUs.
         gpus: ids of a node's GPUs, as in CUDA_VISIBLE_DEVICES.
         nodes: as `ray.nodes()` gives them.
 
     Raises:
-        ConfigError: when the nodes have no room for this engine.
+        ConfigError: the nodes have no room for this engine.
     """
-    node, own = place(index, tp_size, gpus)
+    node, own = assign_gpus(index, tp_size, gpus)
     alive = sorted((n for n in nodes if n["Alive"]), key=lambda n: (n["NodeManagerAddress"], n["NodeID"]))
     if node >= len(alive):
         fitting = len(alive) * (len(gpus) // tp_size)

@@ -1,4 +1,4 @@
-"""Notices that Ray itself has died, which Ray takes a minute to tell, or never does."""
+"""Notices that Ray itself has died, which Ray reports after a minute, or never."""
 
 import socket
 import sys
@@ -8,12 +8,12 @@ from collections.abc import Callable
 import ray
 
 _POLL_SECONDS = 2.0
-_ATTEMPTS = 3  # a head that is busy may miss one
+_ATTEMPTS = 3  # a busy head may miss one
 _OURS = ("gcs_server", "raylet")
 
 
 def lost_part() -> str | None:
-    """The part of Ray that has died, or None: of the processes that this one started, or the head of the cluster."""
+    """The part of Ray that has died, or None: a Ray process that this process started, or the head of the cluster."""
     dead = {name for name, _ in ray._private.worker.global_worker.node.dead_processes()}
     for name in _OURS:
         if name in dead:
@@ -30,17 +30,21 @@ def lost_part() -> str | None:
 
 
 class RayWatch:
-    """Looks after Ray in a thread of its own, from the construction to `close`."""
+    """Watches Ray in a thread of its own, from the construction to `close`."""
 
     def __init__(self, give_up: Callable[[str], None]) -> None:
-        """`give_up` gets one sentence when Ray has died, from that thread."""
+        """Start the thread.
+
+        Args:
+            give_up: called from the thread with one sentence when Ray has died.
+        """
         self._give_up = give_up
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ray-watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Look no more: what ends Ray itself calls this first."""
+        """Stop watching; to be called before Ray is shut down."""
         self._over.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""Drives the weight sync of several engines at once, and goes on when one of them dies meanwhile."""
+"""Drives the weight sync of several engines at once, and continues when one of them dies during it."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from rollout.fleet.fleet import RolloutFleet
 class FleetClient:
     """vLLM's `VLLMWeightSyncClient` protocol over the given engines of a fleet (default: all), in parallel.
 
-    An engine that dies is restarted by the fleet, whose `on_restart` gives it the weights; the rest of the update then
-    passes it by.
+    An engine that dies is restarted by the fleet, whose `on_restart` gives it the weights; it is left out of the rest
+    of the update.
     """
 
     def __init__(self, fleet: RolloutFleet, engines: list[int] | None = None) -> None:
@@ -28,10 +28,10 @@ class FleetClient:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect; with NCCL every engine gets ranks of its own in the transfer's group."""
         calls: dict[int, tuple[Any, ...]] = {}
-        for place, index in enumerate(self._engines):
+        for number, index in enumerate(self._engines):
             info = dict(init_info)
             if "rank_offset" in info:
-                info["rank_offset"] += place * self._fleet.workers_per_engine
+                info["rank_offset"] += number * self._fleet.workers_per_engine
             calls[index] = ("init_weight_transfer_engine", WeightTransferInitRequest(init_info=info))
         self._run(calls)
         retry = {index: calls[index] for index in self._restarted}

@@ -20,14 +20,18 @@ class LayerCalibration:
     """How one linear layer is quantized to int8, see `rollout.quantization.int8`."""
 
     name: str
-    smoothing: Float32[Tensor, " in"] | None  # of the whole layer, over all tensor-parallel ranks
+    smoothing: Float32[Tensor, "in"] | None
+    """Of the whole layer, over all tensor-parallel ranks."""
     clip: float
-    skip: str | None  # why it is not quantized
+    """Largest weight of a channel after clipping, as a fraction of what it was."""
+    skip: str | None
+    """Why the layer is not quantized; None: it is."""
 
-    def part_of(self, layer: Any) -> Float32[Tensor, " own_in"] | None:
+    def part_of(self, layer: Any) -> Float32[Tensor, "own_in"] | None:
         """The smoothing of the inputs that this rank's part of a vLLM layer has, on the device of its weight.
 
-        Raises ConfigError when the layer has another number of inputs.
+        Raises:
+            ConfigError: the layer has another number of inputs.
         """
         if self.smoothing is None:
             return None
@@ -48,7 +52,11 @@ class Calibration:
     """A quantization file, with its vectors."""
 
     def __init__(self, path: str) -> None:
-        """Read the file; raises ConfigError when it, or the vectors beside it, cannot be read."""
+        """Read the file.
+
+        Raises:
+            ConfigError: it, or the file of vectors beside it, cannot be read.
+        """
         self._path = path
         self._file = read_quantization_file(path)
         self._vectors: dict[str, Tensor] = {}
@@ -63,7 +71,11 @@ class Calibration:
                 ) from None
 
     def of_layer(self, name: str) -> LayerCalibration:
-        """The settings of a layer, by its name in vLLM; raises ConfigError when the file lacks it."""
+        """The settings of a layer, by its name in vLLM.
+
+        Raises:
+            ConfigError: the file lacks the layer.
+        """
         if not self._file.layers:
             return NOT_CALIBRATED
         if name not in self._file.layers:

@@ -8,7 +8,7 @@ weight by it: the product stays the same, and outliers of the activations move i
 channel has a scale of its own. Clipping cuts the largest weights of a channel, so that the others have finer steps.
 
 vLLM's own kernel, oneDNN, computes the same, but packs into memory of its own, at another address for every new weight,
-and takes almost three times as long for that as for a bf16 weight. Here packing writes into given tensors.
+which takes almost three times as long as for a bf16 weight. Here packing writes into given tensors.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,10 @@ from rollout.native import load_operators
 
 load_operators(Path(__file__).with_name("_int8.so"))
 
-_CHANNELS = 64  # output channels are padded to a multiple of it
-_QUAD = 4  # inputs likewise
+_CHANNELS = 64
+"""Output channels are padded to a multiple of it."""
+_QUAD = 4
+"""Inputs are padded to a multiple of it."""
 
 
 class Rounding(NamedTuple):
@@ -33,7 +35,7 @@ class Rounding(NamedTuple):
     error: float
     """Norm of the difference by the norm of the (smoothed) weight."""
     clipped: float
-    """Share of the elements that are clipped, 0 to 1."""
+    """Fraction of the elements that are clipped, 0 to 1."""
 
     @staticmethod
     def of(sums: Float[Tensor, "3"], elements: int) -> "Rounding":
@@ -46,14 +48,16 @@ class Rounding(NamedTuple):
 class PackedWeight:
     """An [out, in] weight as `linear` reads it."""
 
-    packed: Int8[Tensor, " bytes"]
-    scales: Float32[Tensor, " out"]
-    sums: Int32[Tensor, " out"]  # of each channel's int8 weights
-    factors: Float32[Tensor, " in"] | None = None  # multiply the activations first: 1 / smoothing
+    packed: Int8[Tensor, "bytes"]
+    scales: Float32[Tensor, "out"]
+    sums: Int32[Tensor, "out"]
+    """Of each channel's int8 weights."""
+    factors: Float32[Tensor, "in"] | None = None
+    """The activations are multiplied with these first: 1 / smoothing."""
 
     @staticmethod
     def empty(channels: int, inputs: int) -> "PackedWeight":
-        """Room for a weight of that size."""
+        """Uninitialised memory for a weight of that size."""
         size = -(-channels // _CHANNELS) * _CHANNELS * (-(-inputs // _QUAD) * _QUAD)
         return PackedWeight(
             torch.empty(size, dtype=torch.int8),
@@ -62,23 +66,34 @@ class PackedWeight:
         )
 
     def fill(
-        self, weight: Float[Tensor, "out in"], smoothing: Float32[Tensor, " in"] | None = None, clip: float = 1.0
+        self, weight: Float[Tensor, "out in"], smoothing: Float32[Tensor, "in"] | None = None, clip: float = 1.0
     ) -> Rounding:
-        """Quantize float32 or bfloat16 weights, times `smoothing`, into this room.
+        """Quantize weights into this memory.
 
-        The largest weight of a channel becomes `clip` of what it is, and those beyond likewise. Raises ValueError when
-        the weights do not fit into the room, or on a CPU without AVX-512 VNNI.
+        Args:
+            weight: float32 or bfloat16.
+            smoothing: multiplied with the inputs' weights first.
+            clip: weights of a channel beyond this fraction of its largest one are clipped to it.
+
+        Raises:
+            ValueError: the weights do not fit into the memory, or the CPU lacks AVX-512 VNNI.
         """
         blocks = torch.ops.megatron_rl.int8_pack(weight, self.packed, self.scales, self.sums, smoothing, clip)
         return Rounding.of(blocks.sum(0), weight.numel())
 
 
 def linear(
-    x: Float[Tensor, "rows in"], weight: PackedWeight, bias: Float32[Tensor, " out"] | None
+    x: Float[Tensor, "rows in"], weight: PackedWeight, bias: Float32[Tensor, "out"] | None
 ) -> Float[Tensor, "rows out"]:
-    """x (float32 or bfloat16, rows anywhere but contiguous) times the weight, plus bias, in the dtype of x.
+    """x times the weight, plus bias, in the dtype of x.
 
-    Raises ValueError when the sizes do not fit, or on a CPU without AVX-512 VNNI.
+    Args:
+        x: float32 or bfloat16; each row is contiguous, the row stride is free.
+        weight: quantized and packed.
+        bias: added to the product.
+
+    Raises:
+        ValueError: the sizes do not fit, or the CPU lacks AVX-512 VNNI.
     """
     result: Tensor = torch.ops.megatron_rl.int8_linear(
         x, weight.packed, weight.scales, weight.sums, bias, weight.factors
@@ -89,8 +104,8 @@ def linear(
 def reference_linear(
     x: Float[Tensor, "rows in"],
     weight: Float[Tensor, "out in"],
-    bias: Float32[Tensor, " out"] | None,
-    smoothing: Float32[Tensor, " in"] | None = None,
+    bias: Float32[Tensor, "out"] | None,
+    smoothing: Float32[Tensor, "in"] | None = None,
     clip: float = 1.0,
 ) -> Float[Tensor, "rows out"]:
     """What `PackedWeight.fill` and `linear` compute together, bit by bit; `PackedWeight.factors` is 1 / `smoothing`."""
@@ -104,8 +119,8 @@ def reference_linear(
 def rounding_sums(
     weight: Float[Tensor, "out in"],
     levels: Float32[Tensor, "out in"],
-    scales: Float32[Tensor, " out"],
-    smoothing: Float32[Tensor, " in"] | None,
+    scales: Float32[Tensor, "out"],
+    smoothing: Float32[Tensor, "in"] | None,
 ) -> Float[Tensor, "3"]:
     """What `quantized` has done to a weight, or to some of its rows, as `Rounding.of` takes it; float64."""
     wide = weight.float() if smoothing is None else weight.float() * smoothing
@@ -116,8 +131,8 @@ def rounding_sums(
 
 
 def quantized(
-    rows: Float[Tensor, "rows in"], factors: Float32[Tensor, " in"] | None = None, clip: float = 1.0
-) -> tuple[Float32[Tensor, "rows in"], Float32[Tensor, " rows"]]:
+    rows: Float[Tensor, "rows in"], factors: Float32[Tensor, "in"] | None = None, clip: float = 1.0
+) -> tuple[Float32[Tensor, "rows in"], Float32[Tensor, "rows"]]:
     """Rows times `factors`, as whole numbers up to 127 and one scale each."""
     wide = rows.float() if factors is None else rows.float() * factors
     largest = wide.abs().amax(1) * clip

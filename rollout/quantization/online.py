@@ -1,9 +1,9 @@
 """Online quantization inside vLLM: weights arrive in training precision and become int8 or fp8 layer by layer.
 
-INT8 is W8A8: symmetric, with one scale per output channel of a weight and one per token of the activations, both fresh
-(`amax / 127`). It is a sibling of vLLM's online FP8 methods and lives on the same hooks: weights are declared on the
-meta device, and vLLM's layerwise reload materializes a layer, loads it, calls `process_weights_after_loading` and
-copies the result to where the old one was. So one layer at a time exists in both precisions.
+INT8 is W8A8: symmetric, with one scale per output channel of a weight and one per token of the activations, computed
+anew each time (`amax / 127`). Like vLLM's online FP8 methods it declares weights on the meta device; vLLM's layerwise
+reload materializes a layer, loads it, calls `process_weights_after_loading` and copies the result over the old one. So
+one layer at a time exists in both precisions.
 """
 
 import logging
@@ -27,26 +27,29 @@ from vllm.platforms import current_platform
 from megatron_rl.config.quantization import is_skipped
 from rollout.quantization import int8
 from rollout.quantization.calibration_file import NOT_CALIBRATED, Calibration, LayerCalibration
-from rollout.quantization.quantization_settings import METHOD
+from rollout.quantization.quantization_settings import METHOD, QuantizationSettings
 from rollout.quantization.whole_layers import load_whole_layers_only
 
 # What vLLM calls the values of `rollout.quantization`. It has no method for linear layers of the first kind.
 _INT8 = "int8_per_channel_static"
 _WEIGHTS = {"int8": _INT8, "fp8": "fp8_per_tensor", "fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
-_PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer; a reload takes it off
-_ELEMENTS = 2**24  # of a weight that are quantized at a time on GPUs, where float32 copies of it all may not fit
+_PROCESSED = "_already_called_process_weights_after_loading"
+"""vLLM's mark on a layer; a reload removes it."""
+_ELEMENTS = 2**24
+"""Elements of a weight that are quantized at a time on GPUs, where a float32 copy of all of it may not fit."""
 log = logging.getLogger(__name__)
 
 
 class RolloutQuantization(OnlineQuantizationConfig):
     """vLLM's online quantization with int8 for linear layers, layers left out by name, and a float32 output layer."""
 
-    def __init__(self, kind: str, skip: list[str], lm_head_fp32: bool, profile: str | None) -> None:
+    def __init__(self, settings: QuantizationSettings) -> None:
+        kind = settings.kind
         super().__init__(
             QuantizationConfigArgs(targets={}) if kind == "none" else QuantizationConfigArgs(linear=_WEIGHTS[kind])
         )
-        self._kind, self._skip, self._lm_head_fp32 = kind, skip, lm_head_fp32
-        self._calibration = None if profile is None else Calibration(profile)
+        self._settings = settings
+        self._calibration = None if settings.profile is None else Calibration(settings.profile)
 
     @classmethod
     def get_name(cls) -> str:
@@ -58,19 +61,19 @@ class RolloutQuantization(OnlineQuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RolloutQuantization":
-        return cls(config["kind"], config["skip"], config["lm_head_fp32"], config["profile"])
+        return cls(QuantizationSettings.from_vllm(config))
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            return Float32HeadMethod() if self._lm_head_fp32 else None
+            return Float32HeadMethod() if self._settings.lm_head_fp32 else None
         if not isinstance(layer, LinearBase):
             return None
         names = self._checkpoint_names(prefix)
-        if self._kind == "none":
+        if self._settings.kind == "none":
             return UnquantizedLinearMethod()
-        if is_skipped(names, self._skip):
+        if is_skipped(names, self._settings.skip):
             return load_whole_layers_only(UnquantizedLinearMethod(), names, quantizes=False)
-        if self._kind != "int8":
+        if self._settings.kind != "int8":
             return load_whole_layers_only(super().get_quant_method(layer, prefix), names, quantizes=True)
         calibration = NOT_CALIBRATED if self._calibration is None else self._calibration.of_layer(prefix)
         if calibration.skip is not None:
@@ -98,8 +101,10 @@ class Int8LinearMethod(OnlineLinearBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the layer's weight, [out, in] float32 or bfloat16, by int8 and a float32 scale per output channel.
 
-        A smoothed layer also gets `factors`, [in] float32, for its activations. Raises ConfigError when the smoothing
-        is of another size than the layer.
+        A smoothed layer also gets `factors`, [in] float32, for its activations.
+
+        Raises:
+            ConfigError: the smoothing has another size than the layer.
         """
         if getattr(layer, _PROCESSED, False):
             return
@@ -120,7 +125,7 @@ class CpuKernel:
     """`rollout.quantization.int8` on a vLLM layer."""
 
     def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
-        """Quantize and pack the layer's weight, [out, in]; its place takes what a `PackedWeight` holds."""
+        """Quantize and pack the layer's weight, [out, in], and replace it by the parts of a `PackedWeight`."""
         weight = int8.PackedWeight.empty(*layer.weight.shape)
         rounding = weight.fill(layer.weight, smoothing, clip)
         replace_parameter(layer, "weight", weight.packed)
@@ -147,7 +152,7 @@ class GpuKernel:
         )
 
     def quantize(self, layer: Any, smoothing: Tensor | None, clip: float) -> int8.Rounding:
-        """Quantize the layer's weight, [out, in], and bring it into the kernel's order."""
+        """Quantize the layer's weight, [out, in], and convert it to the kernel's layout."""
         weight = layer.weight
         levels = torch.empty_like(weight, dtype=torch.int8)
         scales = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)

@@ -1,7 +1,8 @@
-"""Guards against weights that would be wrong in silence: half a fused layer, or values for a weight already quantized.
+"""Guards against silently wrong weights: half a fused layer, or values for a weight that is quantized already.
 
-vLLM fuses q, k and v, and gate and up. Its layerwise reload takes an update that names some of them, and fills the rest
-of the layer with whatever is in memory; and after quantization a layer's weight still has the loader of the original.
+vLLM fuses q, k and v, and gate and up. Its layerwise reload accepts an update that names some of them, and fills the
+rest of the layer with uninitialised memory; and after quantization a layer's weight still has the loader of the
+original.
 """
 
 from typing import Any
@@ -14,9 +15,12 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 
 
 def load_whole_layers_only(method: Any, names: list[str], quantizes: bool) -> Any:
-    """Let a layer's `quant_method` refuse such updates with a ValueError; returns it.
+    """Let a layer's `quant_method` refuse such updates with a ValueError; returns the method.
 
-    `names` are the layer's parts in the Hugging Face format; `quantizes`: the method changes the weight it gets.
+    Args:
+        method: changed in place.
+        names: the layer's parts in the Hugging Face format.
+        quantizes: the method changes the weight that it gets.
     """
     process = method.process_weights_after_loading
 
@@ -44,7 +48,7 @@ def _refuse_parts(layer: Any, names: list[str]) -> None:
     parts = {call.arguments.get("loaded_shard_id") for name, call in info.loaded_weights if name == "weight"}
     if not parts or None in parts or len(parts) == len(names):
         return
-    if info.kernel_tensors is not None:  # an update: let it go on, without what it has brought for this layer
+    if info.kernel_tensors is not None:  # an update: let it continue, without this layer
         _place_kernel_tensors(layer, info)
         info.reset()
         initialize_layerwise_reload(layer)

@@ -1,9 +1,9 @@
-"""Coupled sampling: the sampled token is a function of logits, seed and position alone (DESIGN section 2).
+"""Coupled sampling: the sampled token is a function of logits, seed and position alone (see docs/architecture.md).
 
 `argmax_v(logits[v] / T + g(seed, position, v))` with Gumbel noise g is an exact sample of `softmax(logits / T)` (the
 Gumbel-max trick). The noise is counter-based: a 32-bit murmur3 hash of (seed, position, token id), the stream of vLLM's
-V2 sampler, so nothing but the seed has to be remembered to draw it again. This is the readable PyTorch form;
-csrc/noise.h is the native operator's. Both add the noise in float64, where scores come too rarely close to be confused.
+V2 sampler, so the seed is all that is needed to draw it again. This is the readable PyTorch form; csrc/noise.h is the
+native operator's. Both add the noise in float64, where two scores are hardly ever too close to be told apart.
 """
 
 from functools import lru_cache
@@ -14,7 +14,8 @@ from torch import Tensor
 
 # A row of a large vocabulary is processed alone, many rows of a small one together: temporaries stay near 4 MiB each.
 CHUNK_ELEMENTS = 1 << 19
-GREEDY_BELOW = 1e-5  # vLLM's limit: temperatures below it mean greedy
+GREEDY_BELOW = 1e-5
+"""vLLM's limit: temperatures below it mean greedy."""
 
 # The constants of MurmurHash3_x86_32 (public domain, A. Appleby), as signed 32-bit numbers.
 _C1 = 0xCC9E2D51 - (1 << 32)
@@ -23,7 +24,7 @@ _ADD = 0xE6546B64 - (1 << 32)
 _FINAL_1 = 0x85EBCA6B - (1 << 32)
 _FINAL_2 = 0xC2B2AE35 - (1 << 32)
 _HASHED_BYTES = 16  # seed (8), position (4), token id (4)
-# Stands in the token's place behind the lenient rule's uniform: no vocabulary has it, so the streams are independent.
+# Hashed instead of a token id for the lenient rule's uniform: no vocabulary has it, so the streams are independent.
 _ACCEPTANCE_BLOCK = -1
 
 
@@ -50,11 +51,11 @@ def _low_32_bits(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _scrambled_token_ids(vocab_size: int, device: torch.device) -> Int[Tensor, " vocab"]:
+def _scrambled_token_ids(vocab_size: int, device: torch.device) -> Int[Tensor, "vocab"]:
     return _scramble(torch.arange(vocab_size, dtype=torch.int32, device=device))
 
 
-def _row_states(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+def _row_states(seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
     """The hash's state after the seed and the position."""
     state = torch.zeros_like(seeds, dtype=torch.int32)
     for block in (_low_32_bits(seeds), _low_32_bits(seeds >> 32), _low_32_bits(positions)):
@@ -76,17 +77,23 @@ def _uniform(bits: Tensor) -> Tensor:
 
 
 def noise_bits(
-    seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"], vocab_size: int
+    seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"], vocab_size: int
 ) -> Int[Tensor, "rows vocab"]:
     """murmur3 hash of (seed, position, token id) for all token ids below `vocab_size`.
 
-    `seeds` and `positions` are int64 (of positions only the low 32 bits count). Returns int32 holding the 32 hash bits.
+    Args:
+        seeds: int64.
+        positions: int64; the low 32 bits count.
+        vocab_size: number of token ids.
+
+    Returns:
+        int32, holding the 32 bits of the hash.
     """
     return _finish(_row_states(seeds, positions)[:, None], _scrambled_token_ids(vocab_size, seeds.device)[None, :])
 
 
 def gumbel_noise(
-    seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"], vocab_size: int
+    seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"], vocab_size: int
 ) -> Float[Tensor, "rows vocab"]:
     """float64 Gumbel(0, 1) noise `-log(-log(1 - u))`, `u = (hash + 0.5) / 2**32`.
 
@@ -96,29 +103,36 @@ def gumbel_noise(
     return u.neg_().add_(1.0).log_().neg_().log_().neg_()
 
 
-def acceptance_uniforms(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def acceptance_uniforms(seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
     """float64 uniforms in (0, 1) for the lenient rule, independent of the Gumbel noise of that seed and position."""
     block = torch.full_like(seeds, _ACCEPTANCE_BLOCK, dtype=torch.int32)
     return _uniform(_finish(_row_states(seeds, positions), _scramble(block)))
 
 
-def scale(logits: Float[Tensor, "rows vocab"], temperature: Float[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+def scale(logits: Float[Tensor, "rows vocab"], temperature: Float[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
     """float32 logits times 1/T, or as they are where greedy."""
     return logits.float() * torch.where(temperature < GREEDY_BELOW, 1.0, temperature.reciprocal())[:, None]
 
 
 def coupled_sample(
     logits: Float[Tensor, "rows vocab"],
-    seeds: Int[Tensor, " rows"],
-    positions: Int[Tensor, " rows"],
-    temperature: Float[Tensor, " rows"],
+    seeds: Int[Tensor, "rows"],
+    positions: Int[Tensor, "rows"],
+    temperature: Float[Tensor, "rows"],
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
     """Sample one token per row, with the noise of its seed and position.
 
-    `logits` may be of any float dtype, with excluded tokens at -inf; `seeds` and `positions` are int64; `positions` are
-    those of the rows' input tokens; a `temperature` (float32) below 1e-5 means greedy. Returns token ids (int64, the
-    lowest on ties) and their log-probabilities (float32) under `softmax(logits / T)`, or `softmax(logits)` if greedy.
+    Args:
+        logits: any float dtype; excluded tokens at -inf.
+        seeds: int64.
+        positions: int64, of the rows' input tokens.
+        temperature: float32; below 1e-5 means greedy.
+        chunk_elements: logits that are processed at a time.
+
+    Returns:
+        Token ids (int64, the lowest on ties) and their log-probabilities (float32) under `softmax(logits / T)`, or
+        `softmax(logits)` if greedy.
     """
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

@@ -23,8 +23,8 @@ class Verified(NamedTuple):
 
     tokens: Int[Tensor, "batch max_rows"]
     """int32; -1 after a request's last token."""
-    num_emitted: Int[Tensor, " batch"]
-    """int32: how many tokens each request has, 1 .. k + 1. On CUDA a negative number marks an error in the data."""
+    num_emitted: Int[Tensor, "batch"]
+    """int32: tokens of each request, 1 .. k + 1. On CUDA a negative number reports an error in the data."""
     logprobs: Float[Tensor, "batch max_rows"]
     """float32: log-probability of each token under softmax(logits / T); 0 after the last."""
 
@@ -34,14 +34,14 @@ load_operators(Path(__file__).with_name("_verify.so"))
 
 def verify_tokens(
     logits: Float[Tensor, "rows vocab"],
-    cu_rows: Int[Tensor, " batch+1"],
-    draft_ids: Int[Tensor, " drafts"],
-    temperature: Float[Tensor, " batch"],
-    seeds: Int[Tensor, " batch"],
-    positions: Int[Tensor, " batch"],
+    cu_rows: Int[Tensor, "batch+1"],
+    draft_ids: Int[Tensor, "drafts"],
+    temperature: Float[Tensor, "batch"],
+    seeds: Int[Tensor, "batch"],
+    positions: Int[Tensor, "batch"],
     max_rows: int,
-    draft_logprobs: Float[Tensor, " drafts"] | None = None,
-    lenience: Float[Tensor, " batch"] | None = None,
+    draft_logprobs: Float[Tensor, "drafts"] | None = None,
+    lenience: Float[Tensor, "batch"] | None = None,
 ) -> Verified:
     """Verify the drafts of a batch of requests, in one pass over their logits.
 
@@ -63,7 +63,7 @@ def verify_tokens(
             token that is excluded now. NaN: the coupled rule for this request. Greedy requests accept the argmax alone.
 
     Returns:
-        tokens, their numbers and log-probabilities. On CPU they depend on a request's own rows alone, to the last bit:
+        Tokens, their numbers and log-probabilities. On CPU they depend on a request's own rows alone, to the last bit:
         not on the batch or the number of threads. CUDA gives the same tokens.
 
     Raises:
@@ -80,23 +80,27 @@ def verify_tokens(
     return Verified(*torch.ops.megatron_rl.verify_tokens(*arguments))
 
 
-def raise_for_status(num_emitted: Int[Tensor, " batch"]) -> None:
-    """Raise the ValueError that `verify_tokens` would have raised on CPU, if the data of a request was wrong."""
+def raise_for_status(num_emitted: Int[Tensor, "batch"]) -> None:
+    """Report what `verify_tokens` could not report on CUDA.
+
+    Raises:
+        ValueError: as `verify_tokens` raises it on CPU, if the data of a request was wrong.
+    """
     torch.ops.megatron_rl.raise_for_verify_status(num_emitted.cpu())
 
 
 def verify_tokens_reference(
     logits: Float[Tensor, "rows vocab"],
-    cu_rows: Int[Tensor, " batch+1"],
-    draft_ids: Int[Tensor, " drafts"],
-    temperature: Float[Tensor, " batch"],
-    seeds: Int[Tensor, " batch"],
-    positions: Int[Tensor, " batch"],
+    cu_rows: Int[Tensor, "batch+1"],
+    draft_ids: Int[Tensor, "drafts"],
+    temperature: Float[Tensor, "batch"],
+    seeds: Int[Tensor, "batch"],
+    positions: Int[Tensor, "batch"],
     max_rows: int,
-    draft_logprobs: Float[Tensor, " drafts"] | None = None,
-    lenience: Float[Tensor, " batch"] | None = None,
+    draft_logprobs: Float[Tensor, "drafts"] | None = None,
+    lenience: Float[Tensor, "batch"] | None = None,
 ) -> Verified:
-    """`verify_tokens` in plain PyTorch, without its checks: what the native operator is tested against."""
+    """`verify_tokens` in plain PyTorch, without its checks: the reference that the operator is tested against."""
     batch = len(temperature)
     request_of = torch.arange(batch, device=logits.device).repeat_interleave(cu_rows.diff())
     position_of = positions[request_of] + torch.arange(len(logits), device=logits.device) - cu_rows[request_of]
@@ -111,21 +115,21 @@ def verify_tokens_reference(
         lenient = lenience is not None and not lenience[request].isnan() and temperature[request] >= GREEDY_BELOW
         start, end = cu_rows[request : request + 2].tolist()
         for column, row in enumerate(range(start, end)):
-            token, logprob, goes_on = int(samples[row]), logprobs[row], False
+            token, logprob, continues = int(samples[row]), logprobs[row], False
             if row + 1 < end:
                 draft = int(draft_ids[row - request])
-                goes_on = token == draft
+                continues = token == draft
                 if lenient:
                     assert lenience is not None and draft_logprobs is not None
                     scaled = scale(logits[row, None], temperature[request, None])[0].double()
                     now = (scaled[draft] - scaled.logsumexp(0)).float()
                     bound = lenience[request].double() + (now.double() - draft_logprobs[row - request])
-                    goes_on = bool(now > -torch.inf and log_u[row] <= bound)
-                    token, logprob = (draft, now) if goes_on else (token, logprob)
+                    continues = bool(now > -torch.inf and log_u[row] <= bound)
+                    token, logprob = (draft, now) if continues else (token, logprob)
             out.tokens[request, column] = token
             out.logprobs[request, column] = logprob
             out.num_emitted[request] += 1
-            if not goes_on:
+            if not continues:
                 break
     return out
 

@@ -1,1 +1,1 @@
-"""Drafts in the engine, and the choice of how many."""
+"""Speculative decoding in the engine: where drafts come from, and how many are verified."""

@@ -9,14 +9,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# name -> (dtype, the tensor's bytes, last dimension longer by the item size)
 PackedHead = dict[str, tuple[torch.dtype, np.ndarray]]
+"""Name -> (dtype, the tensor's bytes as uint8: the last dimension is longer by the item size)."""
 
 
 def pack_head(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PackedHead:
-    """The tensors (CPU), floating ones in `dtype`, as arrays that Ray copies once and maps where they are read.
+    """Pack tensors as arrays that Ray copies once and maps where they are read.
 
-    Bytes, because numpy knows no bfloat16; torch's own pickling takes several copies.
+    They are packed as bytes, because numpy has no bfloat16; torch's own pickling takes several copies.
+
+    Args:
+        tensors: on CPU.
+        dtype: what floating-point tensors are converted to.
     """
     packed: PackedHead = {}
     for name, tensor in tensors.items():
@@ -34,7 +38,11 @@ def unpack_head(packed: PackedHead) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_head(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise ValueError when names or shapes are not those of the head in `folder`, if that has *.safetensors."""
+    """Compare names and shapes with those of the head in `folder`, if it has *.safetensors.
+
+    Raises:
+        ValueError: they differ; the message names the first tensor that does.
+    """
     expected: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -49,5 +57,5 @@ def check_head(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def largest_head(folder: Path) -> int:
-    """Bytes that the head in `folder` takes at most when it is packed: its files may hold 16 bits, engines want 32."""
+    """Most bytes that the head in `folder` takes when packed: its files may hold 16 bits, engines may need 32."""
     return 2 * sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))

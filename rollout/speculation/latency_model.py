@@ -9,29 +9,43 @@ from typing import Any
 
 import numpy as np
 
-_WINDOW = 24  # steps per cell: a sliding window follows longer contexts and neighbours on the same cores
-_FIT_EVERY = 64  # observations between fits
-_SURE = 6  # observations after which a cell speaks for itself
-_DOUBT = 0.05  # relative uncertainty of the fit where no cell has been seen
-_NOISE = 0.05  # relative spread of single steps
-_STALE = 400  # steps after which a cell that was not visited counts for half
-_PRIOR_STEPS = 0.1  # weight of the assumption about drafts that were not measured, in steps
-_REDRAW = 8  # steps for which a draw of the uncertainties holds
+_WINDOW = 24
+"""Steps per cell: a sliding window follows longer contexts and other load on the same cores."""
+_FIT_EVERY = 64
+"""Observations between fits."""
+_SURE = 6
+"""Observations after which a cell is trusted as much as possible."""
+_DOUBT = 0.05
+"""Relative uncertainty of the fit where a cell was not measured."""
+_NOISE = 0.05
+"""Relative spread of single steps."""
+_STALE = 400
+"""Steps after which a cell that was not visited counts for half."""
+_PRIOR_STEPS = 0.1
+"""Weight of the assumption about drafts that were not measured, in steps."""
+_REDRAW = 8
+"""Steps for which a draw of the uncertainties is kept."""
 
-Cell = tuple[str, int, int]  # drafter, bucket of the batch size, bucket of the draft tokens
-Measured = tuple[float, float, float]  # batch, draft tokens, seconds
+Cell = tuple[str, int, int]
+"""Drafter, bucket of the batch size, bucket of the draft tokens."""
+Measured = tuple[float, float, float]
+"""Batch, draft tokens, seconds."""
 
 
 class LatencyModel:
-    """A linear fit, corrected by the medians of what was measured nearby.
+    """A linear fit, corrected by the medians of nearby measurements.
 
     A cell is a drafter and a narrow range of batch sizes and draft tokens. Medians make a garbage-collection pause
     harmless. The fit is `a + b * batch + c * drafted + d * (batch if drafted) + e * drafted / batch`, everything at
     least 0, by least squares on the medians. (With drafts every request takes an attention and bookkeeping path that
-    costs more. A drafter that makes one token after the other, `serial`, takes time for each, with any batch.)
+    costs more. A drafter that makes one token after the other, `serial`, takes time for each, at any batch size.)
     """
 
     def __init__(self, serial: bool = False) -> None:
+        """
+        Args:
+            serial: the drafter makes one token after the other.
+        """
         self._serial = serial
         self._cells: dict[Cell, deque[Measured]] = {}
         self._medians: dict[Cell, Measured] = {}
@@ -42,11 +56,18 @@ class LatencyModel:
         self._until_fit = 1
 
     def observe(self, drafter: str, batch: int, drafted: float, seconds: float) -> None:
-        """Take in one step."""
+        """Record one step.
+
+        Args:
+            drafter: whose drafts were verified.
+            batch: requests that decoded.
+            drafted: draft tokens over all requests.
+            seconds: duration of the step.
+        """
         cell = drafter, _bucket(batch), _bucket(drafted)
         steps = self._cells.setdefault(cell, deque(maxlen=_WINDOW))
         steps.append((batch, drafted, seconds))
-        self._medians.pop(cell, None)  # taken again when it is asked for
+        self._medians.pop(cell, None)  # computed again when needed
         self._observations += 1
         self._seen[cell] = self._observations
         if self._observations % _REDRAW == 0:
@@ -62,15 +83,15 @@ class LatencyModel:
         middle = np.array([self._median(cell) for cell in trusted])
         sizes = np.array([min(len(self._cells[cell]), _SURE) for cell in trusted])
         rows = np.array([self._features(batch, drafted) for batch, drafted, _ in middle])
-        # Until drafts were measured, a draft row is taken to cost half as much as a request: no leap into long drafts.
+        # Until drafts were measured, a draft row is assumed to cost half a request: no leap into long drafts.
         batch, _, seconds = middle[middle[:, 1].argmin()]
         rows = np.vstack([rows, self._features(batch, batch)])
         times, sizes = np.append(middle[:, 2], 1.5 * seconds), np.append(sizes, _PRIOR_STEPS)
-        # Relative errors count, and a cell seen seldom says little.
+        # The fit minimises relative errors, and gives cells with few observations little weight.
         self._fit = tuple(_nonnegative_least_squares(rows, times, np.sqrt(sizes) / times).tolist())
 
     def predict(self, drafter: str, batch: int, drafted: float) -> tuple[float, float]:
-        """Expected seconds of a step, and the relative standard error of that number."""
+        """Expected seconds of a step, and the relative standard error of the expectation."""
         if not self._cells:
             return 1e-3 * (1.0 + drafted / batch), _DOUBT
         fitted = self._fitted(batch, drafted)
@@ -96,10 +117,10 @@ class LatencyModel:
         return 1.0, batch, drafted, batch if drafted else 0.0, drafted / batch if self._serial else 0.0
 
     def draw(self, drafter: str, batch: int, drafted: float, generator: random.Random) -> float:
-        """A draw from the prediction's uncertainty, in seconds; the same for a while, so that choices are steady.
+        """A draw from the prediction's uncertainty, in seconds; kept for some steps, so that choices are steady.
 
-        All numbers of draft tokens of a drafter share a draw: steps with drafts differ in how many they hold, which
-        teaches their price without a choice that is known to be worse.
+        All draft lengths of a drafter share a draw: the steps that use it differ in their number of draft tokens
+        anyway, so their cost is learned without exploring lengths that are predicted to be worse.
         """
         seconds, error = self.predict(drafter, batch, drafted)
         if drafter not in self._draws:
@@ -107,7 +128,7 @@ class LatencyModel:
         return seconds * max(1.0 + error * self._draws[drafter], 0.1)
 
     def seconds_per_row(self) -> float:
-        """What one more draft token costs, by the fit."""
+        """Seconds that one more draft token takes, by the fit."""
         return self._fit[2]
 
     def state(self) -> list[Any]:
@@ -115,7 +136,7 @@ class LatencyModel:
         return [[*cell, [list(step) for step in steps]] for cell, steps in self._cells.items()]
 
     def restore(self, state: list[Any]) -> None:
-        """Take over what `state` returned."""
+        """Continue from what `state` returned."""
         for drafter, batch, drafted, steps in state:
             cell = drafter, batch, drafted
             self._cells[cell] = deque(((b, d, s) for b, d, s in steps), maxlen=_WINDOW)

@@ -1,8 +1,8 @@
 """Drafts without a model: what followed the same tokens before, in this request, its siblings or any other.
 
-The work is done by `csrc/ngram.cpp`, which see. (vLLM's own `suffix` method does the like through arctic-inference, a
-package that exists as source only and whose build wants torch and a compiler at install time; and its drafts carry no
-calibrated chances, which is what decides whether a draft is worth its row.)
+The work is done by `csrc/ngram.cpp`, which describes it. (vLLM's own `suffix` method does something similar through
+arctic-inference, a package that exists as source only and needs torch and a compiler at install time. Its drafts carry
+no calibrated probabilities, which are needed to decide whether a draft token is worth its row.)
 """
 
 import ctypes
@@ -22,7 +22,8 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
         raise RuntimeError(
-            f"{_LIBRARY.name} is not built; run `make setup` in the repository, or `pip install -e .` again."
+            f"The native library {'/'.join(_LIBRARY.parts[-3:])} has not been built: run `make setup`, or "
+            "`pip install --no-build-isolation -e .` in your own environment."
         ) from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ngram_create.restype = pointer
@@ -41,19 +42,25 @@ def _load() -> ctypes.CDLL:
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """The drafts of some requests; rows past their number hold nothing of meaning."""
+class NgramDrafts:
+    """The drafts of some requests; rows beyond their number are undefined."""
 
-    tokens: NDArray[np.int32]  # [requests, max_draft_tokens]
-    chances: NDArray[np.float32]  # the same shape: that this token and all before it are right
-    lengths: NDArray[np.int32]  # [requests]
-    drafted: NDArray[np.float64]  # [max_draft_tokens + 1]: draft tokens with at most k per request, all requests
-    accepted: NDArray[np.float64]  # [max_draft_tokens + 1]: how many of those will be right
+    tokens: NDArray[np.int32]
+    """[requests, max_draft_tokens]."""
+    chances: NDArray[np.float32]
+    """[requests, max_draft_tokens]: probability that this token and all before it are accepted."""
+    lengths: NDArray[np.int32]
+    """[requests]."""
+    drafted: NDArray[np.float64]
+    """[max_draft_tokens + 1], by k: draft tokens of all requests with at most k each."""
+    accepted: NDArray[np.float64]
+    """[max_draft_tokens + 1]: how many of those are expected to be accepted."""
     addresses: tuple[int, ...]
+    """Of the arrays above, in memory."""
 
     @classmethod
-    def empty(cls, requests: int, width: int) -> "Drafts":
-        """Room for so many requests."""
+    def empty(cls, requests: int, width: int) -> "NgramDrafts":
+        """Buffers for this many requests."""
         arrays = (
             np.zeros((requests, width), dtype=np.int32),
             np.zeros((requests, width), dtype=np.float32),
@@ -63,45 +70,62 @@ class Drafts:
         )
         return cls(*arrays, tuple(array.ctypes.data for array in arrays))
 
+    def token_lists(self, requests: int) -> list[list[int]]:
+        """The draft of each of the first requests."""
+        lengths = self.lengths[:requests].tolist()
+        return [draft[:length] for draft, length in zip(self.tokens[:requests].tolist(), lengths, strict=True)]
+
 
 class NgramDrafter:
     """Keeps what requests have seen and generated, and drafts from it. For use by one thread."""
 
     def __init__(self, max_draft_tokens: int, max_bytes: int) -> None:
-        """`max_bytes` bounds the memory of the counts; the oldest are forgotten.
+        """
+        Args:
+            max_draft_tokens: per request and call.
+            max_bytes: bound of the memory of the counts; the oldest are forgotten.
 
-        Raises RuntimeError when the native part is not built.
+        Raises:
+            RuntimeError: the native library is not built.
         """
         self._native = _load()
         self._index = ctypes.c_void_p(self._native.ngram_create(max_bytes))
         self._width = max_draft_tokens
-        self._buffers = Drafts.empty(64, max_draft_tokens)
+        self._buffers = NgramDrafts.empty(64, max_draft_tokens)
 
     def __del__(self) -> None:
         if hasattr(self, "_index"):
             self._native.ngram_destroy(self._index)
 
     def start(self, request: int, group: str, prompt_ids: Sequence[int]) -> None:
-        """A request with this number begins; requests of one group (samples of a prompt) draft from each other."""
+        """Begin a request.
+
+        Args:
+            request: its number, unused so far.
+            group: requests of one group (samples of a prompt) draft from each other.
+            prompt_ids: its context.
+        """
         prompt = np.asarray(prompt_ids, dtype=np.int32)
         self._native.ngram_start(self._index, request, group_number(group), prompt.ctypes.data, len(prompt))
 
     def extend(self, requests: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Each request has generated these tokens."""
+        """Append the tokens that each request has generated."""
         ids = np.asarray(requests, dtype=np.int64)
         ends = np.cumsum([len(part) for part in tokens], dtype=np.int64)
         flat = np.array([token for part in tokens for token in part], dtype=np.int32)
         self._native.ngram_append(self._index, len(ids), ids.ctypes.data, flat.ctypes.data, ends.ctypes.data)
 
-    def propose(self, requests: Sequence[int], limits: Sequence[int], threshold: float) -> "Drafts":
-        """Drafts of at most `limits[i]` tokens for each request.
+    def propose(self, requests: Sequence[int], limits: Sequence[int], threshold: float) -> "NgramDrafts":
+        """Draft for each request; the result is valid until the next call.
 
-        A draft ends before the chance that all of it is right falls below `threshold`. What is returned is valid until
-        the next call.
+        Args:
+            requests: their numbers.
+            limits: most draft tokens of each.
+            threshold: a draft ends before the probability that all of it is accepted falls below this.
         """
         count, width = len(requests), self._width
         if count > len(self._buffers.lengths):
-            self._buffers = Drafts.empty(count, width)
+            self._buffers = NgramDrafts.empty(count, width)
         out = self._buffers
         ids = np.array(requests, dtype=np.int64)
         most = np.array([min(limit, width) for limit in limits], dtype=np.int32)
@@ -111,7 +135,7 @@ class NgramDrafter:
         return out
 
     def finish(self, request: int) -> None:
-        """The request has ended; what it generated stays a source of drafts."""
+        """End a request; what it generated stays a source of drafts."""
         self._native.ngram_finish(self._index, request)
 
     @property

@@ -7,10 +7,13 @@ class NoDrafts:
     """Proposes nothing."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """`vllm_config` is what vLLM passes to every proposer."""
+        """
+        Args:
+            vllm_config: what vLLM passes to every proposer.
+        """
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """There is none."""
+        """Nothing to load."""
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """One empty draft per request."""

@@ -1,4 +1,4 @@
-"""What an engine step costs with and without drafts: when a draft token pays, and what accepted ones have saved."""
+"""What an engine step costs with and without drafts: when a draft token pays, and how much accepted ones save."""
 
 from rollout.speculation.latency_model import LatencyModel
 
@@ -13,15 +13,15 @@ class StepCost:
         self._latency = LatencyModel()
 
     def observe(self, batch: int, drafted: int, seconds: float) -> None:
-        """Take in one step of `batch` requests with `drafted` draft tokens in all."""
+        """Record one step of `batch` requests with `drafted` draft tokens in all."""
         self._latency.observe(_DRAFTS if drafted else _PLAIN, batch, drafted, seconds)
 
     def threshold(self, batch: int) -> float:
-        """A draft token pays if its chance of acceptance is above this: what its row costs by what a token costs."""
+        """A draft token pays if its chance of acceptance is higher than this: the cost of a row by that of a token."""
         return min(max(self._latency.seconds_per_row() * batch / self._plain(batch), _LEAST), _MOST)
 
     def saved(self, batch: int, emitted: int, seconds: float) -> float:
-        """Seconds that plain steps would have taken longer for as many tokens; negative when they were faster."""
+        """Seconds that plain steps would have taken longer for as many tokens; negative if they would be faster."""
         return emitted / batch * self._plain(batch) - seconds
 
     def _plain(self, batch: int) -> float:

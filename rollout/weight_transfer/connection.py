@@ -51,7 +51,11 @@ class WeightConnection:
     def resend(self, client: VLLMWeightSyncClient) -> SyncReport:
         """Give the weights of the last sync to restarted engines; called on rank 0 alone.
 
-        Raises RuntimeError with `ipc` and `nccl`, which need all trainer ranks: there, `connect` and `sync` again.
+        Args:
+            client: of these engines.
+
+        Raises:
+            RuntimeError: with `ipc` and `nccl`, which need all trainer ranks: there, `connect` and `sync` again.
         """
         if not isinstance(self._engine, ShmTrainerWeightTransferEngine):
             raise RuntimeError(
@@ -68,7 +72,7 @@ class WeightConnection:
 
 
 def segment_name(run_dir: str) -> str:
-    """The shared memory segment of a run: the same in a restarted run, which so replaces one that a crash left."""
+    """The shared memory segment of a run: the same in a restarted run, which replaces one that a crash left behind."""
     return "megatron-rl-" + hashlib.sha256(run_dir.encode()).hexdigest()[:16]
 
 
@@ -84,9 +88,17 @@ def connect(
 ) -> WeightConnection:
     """Connect this trainer rank to the engines; called on every rank, and again whenever engines were replaced.
 
-    `backend` is shm, ipc or nccl; rank 0 alone uses its `client`; `barrier` waits for all trainer ranks; `segment`
-    names the shared memory (shm), see `segment_name`; `workers` is the number of engine processes behind the client
-    (nccl). Raises ValueError for another backend.
+    Args:
+        backend: shm | ipc | nccl.
+        rank: of this trainer.
+        client: of the engines; used on rank 0 alone.
+        source: this rank's weights.
+        barrier: waits for all trainer ranks.
+        segment: name of the shared memory (shm), see `segment_name`.
+        workers: number of engine processes behind the client (nccl).
+
+    Raises:
+        ValueError: for another backend.
     """
     register_shm_transfer()
     info = _init_info(backend, rank, barrier, segment, workers)

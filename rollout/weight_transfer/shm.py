@@ -44,13 +44,15 @@ class ShardedWeightSource(WeightSource):
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class SegmentSlot:
     """Where a Hugging Face tensor lies in the segment, contiguous."""
 
     name: str
-    dtype: str  # as in `torch.<dtype>`
+    dtype: str
+    """As in `torch.<dtype>`."""
     shape: tuple[int, ...]
-    offset: int  # bytes
+    offset: int
+    """In bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -63,19 +65,19 @@ class TensorPlace:
         return flat.view(getattr(torch, self.dtype)).view(self.shape)
 
 
-def plan_segment(metadata: list[ParamMeta]) -> list[TensorPlace]:
+def plan_segment(metadata: list[ParamMeta]) -> list[SegmentSlot]:
     """Lay the tensors out one after another. The same on every rank, as it follows from the metadata alone."""
-    places: list[TensorPlace] = []
+    slots: list[SegmentSlot] = []
     offset = 0
     for meta in metadata:
-        places.append(TensorPlace(meta.name, str(meta.dtype).removeprefix("torch."), tuple(meta.shape), offset))
-        offset += math.ceil(places[-1].nbytes / _ALIGNMENT) * _ALIGNMENT
-    return places
+        slots.append(SegmentSlot(meta.name, str(meta.dtype).removeprefix("torch."), tuple(meta.shape), offset))
+        offset += math.ceil(slots[-1].nbytes / _ALIGNMENT) * _ALIGNMENT
+    return slots
 
 
-def segment_bytes(places: list[TensorPlace]) -> int:
-    """Bytes that the segment takes."""
-    return places[-1].offset + places[-1].nbytes
+def segment_bytes(slots: list[SegmentSlot]) -> int:
+    """Size of the segment in bytes."""
+    return slots[-1].offset + slots[-1].nbytes
 
 
 def map_segment(name: str, nbytes: int) -> Tensor:
@@ -88,7 +90,7 @@ def map_segment(name: str, nbytes: int) -> Tensor:
 
 
 def create_segment(name: str, nbytes: int) -> SharedMemory:
-    """Create a segment, in place of one of that name which a killed run has left behind."""
+    """Create a segment, replacing one of that name which a killed run has left behind."""
     with suppress(FileNotFoundError):
         stale = SharedMemory(name)
         stale.close()
@@ -101,7 +103,8 @@ class ShmInitInfo(WeightTransferInitInfo):
     """What an engine needs to map the segment."""
 
     segment: str
-    places: list[TensorPlace]
+    """Its name."""
+    slots: list[SegmentSlot]
 
 
 @dataclass
@@ -116,11 +119,11 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     update_info_cls = ShmUpdateInfo
 
     _segment: Tensor | None = None
-    _places: list[TensorPlace]
+    _slots: list[SegmentSlot]
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        self._places = init_info.places
-        self._segment = map_segment(init_info.segment, segment_bytes(init_info.places))
+        self._slots = init_info.slots
+        self._segment = map_segment(init_info.segment, segment_bytes(init_info.slots))
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -133,7 +136,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self.model.load_weights(self._named_tensors(segment))
 
     def _named_tensors(self, segment: Tensor) -> Iterator[tuple[str, Tensor]]:
-        tensors = {place.name: place.view(segment) for place in self._places}
+        tensors = {slot.name: slot.view(segment) for slot in self._slots}
         yield from tensors.items()
         # On CPU a tied output layer multiplies with a packed copy of the embedding, which only loading it by its own
         # name refreshes.
@@ -151,12 +154,14 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
 @dataclass
 class ShmTrainerInitInfo(TrainerInitInfo):
-    """Trainer side: `segment` is a name that is free on this node and the same on every rank."""
+    """What a trainer rank needs."""
 
     backend: ClassVar[str] = BACKEND
 
     segment: str
+    """A name that is unused on this node, and the same on every rank."""
     barrier: Callable[[], None] = field(repr=False)
+    """Waits for all trainer ranks."""
 
 
 class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):
@@ -167,8 +172,8 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
     def __init__(self, info: ShmTrainerInitInfo, client: VLLMWeightSyncClient, source: ShardedWeightSource) -> None:
         super().__init__(client=client, source=source, is_sender=info.is_sender)
         self._info = info
-        self._places = plan_segment(source.metadata())
-        nbytes = segment_bytes(self._places)
+        self._slots = plan_segment(source.metadata())
+        nbytes = segment_bytes(self._slots)
         self._owned = create_segment(info.segment, nbytes) if info.is_sender else None
         info.barrier()
         self._segment: Tensor | None = map_segment(info.segment, nbytes)
@@ -190,13 +195,13 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         return engine
 
     def introduce(self, client: VLLMWeightSyncClient) -> None:
-        """Tell the client's engines where the segment is."""
-        client.init_weight_transfer_engine({"segment": self._info.segment, "places": self._places})
+        """Let the client's engines map the segment."""
+        client.init_weight_transfer_engine({"segment": self._info.segment, "slots": self._slots})
 
     def send_weights(self) -> None:
         """Write this rank's shards and let the engines load; called on every rank."""
         assert isinstance(self.source, ShardedWeightSource) and self._segment is not None
-        tensors = {place.name: place.view(self._segment) for place in self._places}
+        tensors = {slot.name: slot.view(self._segment) for slot in self._slots}
         for name, index, shard in self.source.pieces():
             tensors[name][index].copy_(shard)
         self._info.barrier()

@@ -42,7 +42,7 @@ def wanted_length(request: RolloutRequest) -> int:
 
 def respond(request: RolloutRequest, tokens: int, version: int) -> Rollout:
     """At most so many further tokens; each is a function of the seed and its place."""
-    begin = len(request.begun)
+    begin = len(request.partial_ids)
     end = min(begin + tokens, wanted_length(request))
     return Rollout(
         prompt_id=request.prompt_id,
@@ -193,7 +193,7 @@ def test_what_was_sampled_with_other_options_is_dropped() -> None:
     assert not pool.restore(state)
     pool.open(2)
     assert under_way(pool)[0] == PROMPTS, "the second step begins with its own prompts"
-    assert not any(request.begun for request in pool.requests())
+    assert not any(request.partial_ids for request in pool.requests())
 
 
 def test_staleness_is_counted_in_updates_over_tokens() -> None:

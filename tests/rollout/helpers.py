@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from megatron_rl.config import Config
-from rollout.engine.engine import EngineEnvironment, RolloutEngine, engine_arguments
+from rollout.engine.engine import RolloutEngine
+from rollout.engine.engine_arguments import EngineEnvironment, engine_arguments
 from rollout.fleet.engine_actor import engine_variables
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.local_ray import start_ray

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rl import train
 from megatron_rl.config import load_config
 from megatron_rl.distributed.engine_environment import engine_environment
-from rollout.engine.engine import EngineEnvironment
+from rollout.engine.engine_arguments import EngineEnvironment
 
 engine_environment = engine_environment
 

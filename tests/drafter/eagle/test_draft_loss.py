@@ -94,11 +94,11 @@ def test_the_chunks_of_logits_change_nothing(rows_at_once: int) -> None:
     assert max(rows) <= rows_at_once
 
 
-def changed(row: PackedFeatures, places: slice, names: tuple[str, ...]) -> PackedFeatures:
+def changed(row: PackedFeatures, positions: slice, names: tuple[str, ...]) -> PackedFeatures:
     values = {}
     for name in names:
         values[name] = getattr(row, name).clone()
-        values[name][places] = 1 if name == "token_ids" else 50.0
+        values[name][positions] = 1 if name == "token_ids" else 50.0
     return replace(row, **values)
 
 

@@ -132,7 +132,7 @@ def test_training_lifts_the_acceptance_on_held_out_rollouts(tmp_path: Path, kind
     model.get_output_embeddings().weight.data.mul_(3)
     policy = model_weights(model)
     config = HeadConfig.for_policy(json.loads((path / "config.json").read_text()), kind)
-    prompts = [[4 + (7 * prompt + place) % 20 for place in range(6)] for prompt in range(40)]
+    prompts = [[4 + (7 * prompt + position) % 20 for position in range(6)] for prompt in range(40)]
     rollouts = [model_features(model, tokens, 6, config) for tokens in sample(model, prompts, 42)]
     rows = [pack(rollouts[start : start + 4]) for start in range(0, 32, 4)]
     held_out = pack(rollouts[32:])

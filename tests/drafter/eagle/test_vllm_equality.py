@@ -19,7 +19,7 @@ from tests.rollout.tiny_models import make_model
 
 K = 4
 NEW_TOKENS = 40
-PROMPTS = [[4 + (3 * prompt + place) % 60 for place in range(8 + prompt)] for prompt in range(4)]
+PROMPTS = [[4 + (3 * prompt + position) % 60 for position in range(8 + prompt)] for prompt in range(4)]
 CASES = {"eagle3": ("eagle3", 128), "eagle3-reduced": ("eagle3", 70), "eagle": ("eagle", 128)}
 STOCK_VLLM = {
     "OMP_NUM_THREADS": "1",

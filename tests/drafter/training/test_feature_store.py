@@ -1,4 +1,4 @@
-"""The store keeps to its bytes, serves the newest first, and goes on where it was."""
+"""The store keeps to its bytes, serves the newest first, and continues where it was."""
 
 import torch
 

@@ -161,7 +161,7 @@ def test_bf16_gives_the_logprobs_of_what_was_sampled_and_the_same_tokens(
 
 
 @pytest.mark.slow
-def test_updates_by_vllms_own_ways_quantize_anew(results: dict[str, Any]) -> None:
+def test_updates_by_vllms_own_ways_quantize_again(results: dict[str, Any]) -> None:
     first, _, reloaded, _, restored, _, sent, loaded, _, _, last = results["int8"]["results"]
     fresh = results["other"]["results"][0]
     assert first != results["bf16"]["results"][0]

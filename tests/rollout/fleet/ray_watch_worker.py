@@ -13,13 +13,13 @@ from rollout.fleet.ray_watch import RayWatch, lost_part
 
 def main() -> None:
     start_ray()
-    told = threading.Event()
-    watch = RayWatch(lambda sentence: told.set())
+    reported = threading.Event()
+    watch = RayWatch(lambda sentence: reported.set())
     time.sleep(5)
-    assert lost_part() is None and not told.is_set()
+    assert lost_part() is None and not reported.is_set()
     (victim,) = [child for child in psutil.Process().children() if child.name() == sys.argv[1]]
     victim.kill()
-    assert told.wait(20)
+    assert reported.wait(20)
     watch.close()
     ray.shutdown()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import ConfigError
-from rollout.engine.engine import engine_arguments
+from rollout.engine.engine_arguments import engine_arguments
 from rollout.engine.vllm_options import check_vllm_options
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.weight_client import FleetClient

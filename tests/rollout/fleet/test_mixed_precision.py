@@ -14,8 +14,8 @@ import ray
 
 from rollout.engine.engine import RolloutEngine
 from rollout.fleet.fleet import RolloutFleet
-from rollout.fleet.mixed_precision import Tail
-from rollout.fleet.requests import deal, go_on
+from rollout.fleet.mixed_precision import LongestResponses
+from rollout.fleet.requests import continue_from, deal
 from rollout.fleet.weight_client import FleetClient
 from rollout.types import Past, Rollout, RolloutRequest, TokenSource
 from rollout.weight_transfer.connection import segment_name
@@ -48,14 +48,14 @@ def lengths(rollouts: list[Rollout]) -> dict[int, int]:
 
 
 def run_tail(total: dict[int, int], size: int, order: list[int]) -> tuple[dict[int, int], dict[int, int], int]:
-    """Feed responses in this order, cut where the tail allows it; lengths of the complete and of the begun ones."""
-    tail, complete = Tail(len(total), size), []
+    """Feed responses in this order, cut at the limit; lengths of the complete and of the partial ones."""
+    longest, complete = LongestResponses(len(total), size), []
     for number in order:
-        limit = tail.limit
+        limit = longest.limit
         cut = limit is not None and total[number] > limit
-        complete += tail.add(rollout_of(number, limit if cut and limit else total[number]), cut)
-    more, begun = tail.split()
-    return lengths(complete + more), lengths(begun), tail.discarded
+        complete += longest.add(rollout_of(number, limit if cut and limit else total[number]), cut)
+    more, partial = longest.split()
+    return lengths(complete + more), lengths(partial), longest.discarded
 
 
 @pytest.mark.parametrize("size", [1, 5, 20, 39])
@@ -66,31 +66,31 @@ def test_the_tail_does_not_depend_on_the_order_of_completion(size: int) -> None:
     expected = {number: length for number, length in total.items() if length <= cut}
     for _ in range(50):
         order = rng.sample(sorted(total), len(total))
-        complete, begun, _ = run_tail(total, size, order)
+        complete, partial, _ = run_tail(total, size, order)
         assert complete == expected
-        assert begun == dict.fromkeys(total.keys() - expected.keys(), cut)
+        assert partial == dict.fromkeys(total.keys() - expected.keys(), cut)
     in_step = sorted(total, key=total.__getitem__)  # as when all grow together
     assert run_tail(total, size, in_step)[2] == 0, "nothing is sampled twice then"
 
 
 def test_responses_of_one_length_have_no_tail() -> None:
-    complete, begun, _ = run_tail(dict.fromkeys(range(8), 60), 3, list(range(8)))
-    assert len(complete) == 8 and not begun
+    complete, partial, _ = run_tail(dict.fromkeys(range(8), 60), 3, list(range(8)))
+    assert len(complete) == 8 and not partial
 
 
 def test_a_response_that_is_surely_no_tail_is_released_at_once() -> None:
-    tail = Tail(total=10, size=2)
-    assert [len(tail.add(rollout_of(number, 5), cut=False)) for number in range(4)] == [0, 0, 1, 1]
-    assert tail.limit is None
+    longest = LongestResponses(total=10, size=2)
+    assert [len(longest.add(rollout_of(number, 5), truncated=False)) for number in range(4)] == [0, 0, 1, 1]
+    assert longest.limit is None
 
 
 @pytest.mark.parametrize("source", [TokenSource.HISTORY, TokenSource.KEPT, TokenSource.FRESH])
 def test_what_is_left_of_an_earlier_response_goes_along(source: TokenSource) -> None:
     past = Past(np.arange(9, dtype=np.int32), -np.arange(9, dtype=np.float32), seed=7)
     request = replace(make_requests(1, samples=1, max_tokens=60)[0], past=past)
-    begun = replace(rollout_of(0, 4), sources=[TokenSource.HISTORY] * 3 + [source])
-    rest = go_on(request, begun)
-    assert rest.begun == begun.token_ids
+    partial = replace(rollout_of(0, 4), sources=[TokenSource.HISTORY] * 3 + [source])
+    rest = continue_from(request, partial)
+    assert rest.partial_ids == partial.token_ids
     if source is TokenSource.FRESH:
         assert rest.past is None
     else:
@@ -100,8 +100,8 @@ def test_what_is_left_of_an_earlier_response_goes_along(source: TokenSource) -> 
 
 def test_prompts_are_dealt_by_their_place_in_the_list() -> None:
     backlog = deal(make_requests(5, samples=2), ["int8", "none", "int8"])
-    places = {name: [group[0].prompt_id for group in groups] for name, groups in backlog.items()}
-    assert places == {"int8": ["p0", "p2", "p3"], "none": ["p1", "p4"]}
+    dealt = {name: [group[0].prompt_id for group in groups] for name, groups in backlog.items()}
+    assert dealt == {"int8": ["p0", "p2", "p3"], "none": ["p1", "p4"]}
     assert all(len(group) == 2 for groups in backlog.values() for group in groups)
 
 
@@ -185,18 +185,18 @@ def test_a_restarted_engine_keeps_its_precision(mixed: RolloutFleet, model: Path
     assert Counter(r.precisions[0][0] for r in rollouts) == {"none": len(REQUESTS) // 2, "int8": len(REQUESTS) // 2}
 
 
-def test_a_response_that_was_begun_elsewhere_goes_on_as_if_it_had_stayed(mixed: RolloutFleet) -> None:
+def test_a_response_that_was_begun_elsewhere_continues_as_if_it_had_not_moved(mixed: RolloutFleet) -> None:
     whole = {(r.prompt_id, r.sample_index): r for r in alone(mixed, "none")}
     requests = [request for request in REQUESTS if len(whole[request.prompt_id, request.sample_index].token_ids) > 7]
-    begun = [replace(r, begun=whole[r.prompt_id, r.sample_index].token_ids[:7]) for r in requests]
-    for rest in alone(mixed, "none", begun):
+    partial = [replace(r, partial_ids=whole[r.prompt_id, r.sample_index].token_ids[:7]) for r in requests]
+    for rest in alone(mixed, "none", partial):
         expected = whole[rest.prompt_id, rest.sample_index]
         assert rest.token_ids == expected.token_ids[7:]
         assert rest.logprobs == pytest.approx(expected.logprobs[7:], abs=1e-3)
         assert rest.finish_reason == expected.finish_reason
 
 
-def test_a_minimum_length_counts_what_was_begun() -> None:
+def test_a_minimum_length_counts_the_partial_response() -> None:
     engine = RolloutEngine({}, sampling={"min_tokens": 8, "top_k": 5})
     assert [engine._sampling_after(tokens) for tokens in (0, 5, 20)] == [
         {"min_tokens": left, "top_k": 5} for left in (8, 3, 0)
@@ -207,27 +207,27 @@ def test_the_longest_responses_are_begun_in_int8_and_finished_without(
     mixed: RolloutFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mixed, "_tail_fraction", TAIL_SHARE)
-    begun = {(r.prompt_id, r.sample_index): r for r in alone(mixed, "int8")}
+    partial = {(r.prompt_id, r.sample_index): r for r in alone(mixed, "int8")}
     mixed.take_precision_counts()
     rollouts = list(mixed.generate(REQUESTS))
     size = int(TAIL_SHARE * len(REQUESTS))
-    cut = sorted(len(r.token_ids) for r in begun.values())[-size - 1]
+    cut = sorted(len(r.token_ids) for r in partial.values())[-size - 1]
     requests = {(request.prompt_id, request.sample_index): request for request in REQUESTS}
     for rollout in rollouts:
         key = rollout.prompt_id, rollout.sample_index
-        first = begun[key]
+        first = partial[key]
         if len(first.token_ids) <= cut:
             assert (rollout.token_ids, rollout.logprobs) == (first.token_ids, first.logprobs)
             assert rollout.precisions == [("int8", len(first.token_ids))]
             continue
-        (rest,) = alone(mixed, "none", [replace(requests[key], begun=first.token_ids[:cut])])
+        (rest,) = alone(mixed, "none", [replace(requests[key], partial_ids=first.token_ids[:cut])])
         assert rollout.token_ids == first.token_ids[:cut] + rest.token_ids
         assert rollout.logprobs == pytest.approx(first.logprobs[:cut] + rest.logprobs, abs=1e-4)
         assert rollout.precisions == [("int8", cut), ("none", len(rest.token_ids))]
         assert rollout.finish_reason == rest.finish_reason
         assert len(rollout.token_ids) <= 60
     assert {key: tokens for key, (tokens, _) in values(rollouts).items()} != {
-        key: r.token_ids for key, r in begun.items()
+        key: r.token_ids for key, r in partial.items()
     }
     counts = mixed.take_precision_counts()
     assert set(counts.seconds) == {"int8", "none"} and counts.discarded >= 0

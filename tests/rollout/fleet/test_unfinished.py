@@ -1,4 +1,4 @@
-"""A generation that is stopped in the middle goes on later, and the responses are what they would have been."""
+"""A generation that is stopped in the middle is continued later, and the responses are what they would have been."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rollout.fleet.fleet import RolloutFleet
-from rollout.fleet.requests import RequestKey, go_on, join, key_of
+from rollout.fleet.requests import RequestKey, continue_from, join_rollouts, key_of
 from rollout.types import Rollout, RolloutRequest, TokenSource
 from tests.rollout.helpers import make_config, make_environment, make_requests
 
@@ -28,11 +28,11 @@ def stopped(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
 
 def in_pieces(fleet: RolloutFleet, requests: list[RolloutRequest], looks: int) -> tuple[dict[RequestKey, Rollout], int]:
     """Generate with a stop, and a new policy version, after every so many looks; returns also how often it stopped."""
-    asked = {key_of(request): request for request in requests}
+    requested = {key_of(request): request for request in requests}
     done: dict[RequestKey, Rollout] = {}
-    begun: dict[RequestKey, Rollout] = {}
+    partial: dict[RequestKey, Rollout] = {}
     version = 0
-    while len(done) < len(asked):
+    while len(done) < len(requested):
         fleet.set_policy_version(version)
         seen = 0
 
@@ -41,13 +41,14 @@ def in_pieces(fleet: RolloutFleet, requests: list[RolloutRequest], looks: int) -
             seen += 1
             return None if seen > looks else []
 
-        left = [key for key in asked if key not in done]
-        for rollout in fleet.generate([go_on(asked[k], begun[k]) if k in begun else asked[k] for k in left], more):
+        left = [key for key in requested if key not in done]
+        rest = [continue_from(requested[k], partial[k]) if k in partial else requested[k] for k in left]
+        for rollout in fleet.generate(rest, more):
             key = key_of(rollout)
-            rollout = join(begun.pop(key), rollout) if key in begun else rollout
-            (begun if rollout.finish_reason == "unfinished" else done)[key] = rollout
+            rollout = join_rollouts(partial.pop(key), rollout) if key in partial else rollout
+            (partial if rollout.finish_reason == "unfinished" else done)[key] = rollout
         version += 1
-    assert not begun
+    assert not partial
     return done, version
 
 

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from drafter.eagle.head_files import save_head
 from megatron_rl.config import ConfigError
-from rollout.engine.engine import engine_arguments
+from rollout.engine.engine_arguments import engine_arguments
 from rollout.engine.vllm_options import check_vllm_options
 from rollout.engine.worker import live_weight
 from rollout.fleet.fleet import RolloutFleet

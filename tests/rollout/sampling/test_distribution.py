@@ -58,8 +58,8 @@ def sample(logits: Tensor, temperature: float, drafts: Tensor | None, position_d
     while int(done.min()) < LENGTH:
         tokens, _, _ = verify_tokens(logits[previous], cu_rows, none, temperatures, seeds, 7 + done, 1)
         open_ = done < LENGTH
-        place = done.clamp(max=LENGTH - 1)
-        out[open_, place[open_]] = tokens[open_, 0].long()
+        position = done.clamp(max=LENGTH - 1)
+        out[open_, position[open_]] = tokens[open_, 0].long()
         previous = torch.where(open_, tokens[:, 0].long(), previous)
         done = done + open_.long()
     return out
@@ -72,7 +72,7 @@ def p_value(tokens: Tensor, logits: Tensor, temperature: float) -> float:
     joint = probabilities[-1]
     for _ in range(length - 1):
         joint = joint[..., None] * probabilities[:VOCAB].reshape((1,) * (joint.dim() - 1) + (VOCAB, VOCAB))
-    code = sum(tokens[:, place] * VOCAB ** (length - 1 - place) for place in range(length))
+    code = sum(tokens[:, position] * VOCAB ** (length - 1 - position) for position in range(length))
     counts = torch.bincount(code, minlength=VOCAB**length).double()  # type: ignore[arg-type]
     expected = joint.reshape(-1) * len(tokens)
     if (counts[expected == 0] > 0).any():
@@ -114,7 +114,7 @@ def test_the_test_sees_a_wrong_rule() -> None:
     wrong[lucky, 0] = drafts[lucky, 0].long()
     for length in (1, 2, 3):
         assert p_value(wrong[:, :length], logits, 1.0) < 1e-6
-    # The draft's noise at one place, plain decoding's at the place before: tokens two and three share their noise.
+    # The draft's noise at one position, plain decoding's at the one before: tokens two and three share their noise.
     stale = sample(logits, 1.0, drafts, position_defect=1)
     assert not torch.equal(stale, tokens)
     assert p_value(stale, logits, 1.0) < 1e-6

@@ -1,14 +1,14 @@
 """After an update of the policy, reused responses follow the new policy exactly with the coupled rule.
 
-With the vanilla rule (lenience 0) they do not, which shows that the test can see it: SPEC-RL's rule draws anew from the
-new policy where a token was rejected, not from what the old policy had too little of.
+With SPEC-RL's rule (lenience 0) they do not, which shows that the test can fail: where a token is rejected, that rule
+samples from the new policy, and not from the tokens that the old policy gave too little probability.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from rollout.sampling.lenient import Judged, verify_leniently
+from rollout.sampling.lenient import LenientDraft, verify_leniently
 from rollout.sampling.verify import verify_tokens
 from tests.rollout.sampling.test_distribution import LENGTH, SAMPLES, VOCAB, p_value, policy, sample
 
@@ -74,12 +74,12 @@ def test_a_token_is_kept_with_the_chance_of_the_rule(lenience: float) -> None:
     seeds = torch.arange(SAMPLES) * 31 + 10**12
     for drafts in (0, 1):
         before = torch.cat([torch.full((SAMPLES, 1), VOCAB), earlier], dim=1)[:, : drafts + 1]
-        judged = [
-            Judged(lenience, then[:drafts], token[drafts], then[drafts])
+        lenient = [
+            LenientDraft(lenience, then[:drafts], token[drafts], then[drafts])
             for token, then in zip(earlier.tolist(), thens.tolist(), strict=True)
         ]
         (tokens, emitted, logprobs), marks = verify_leniently(
-            judged,
+            lenient,
             new[before.reshape(-1)],
             torch.arange(SAMPLES + 1, dtype=torch.int32) * (drafts + 1),
             earlier[:, :drafts].reshape(-1).to(torch.int32),
@@ -99,7 +99,7 @@ def test_a_token_is_kept_with_the_chance_of_the_rule(lenience: float) -> None:
         assert torch.equal(tokens[kept].long(), earlier[kept, : drafts + 1])
         now = log_probs(new, earlier)
         torch.testing.assert_close(logprobs[kept], now[kept, : drafts + 1], atol=1e-5, rtol=0)
-        # What comes in the place of a rejected token is drawn from the new policy, which may draw the same token.
+        # What replaces a rejected token is sampled from the new policy, which may draw the same token.
         fresh = tokens[reached & ~kept, drafts].long()
         expected = new.softmax(-1)[before[reached & ~kept, drafts]].mean(0)
         assert len(fresh) > 50
@@ -107,15 +107,15 @@ def test_a_token_is_kept_with_the_chance_of_the_rule(lenience: float) -> None:
         torch.testing.assert_close(shares, expected, atol=4 * error, rtol=0)
 
 
-def test_only_the_requests_that_ask_for_it_are_judged() -> None:
+def test_only_requests_with_a_lenience_go_by_the_lenient_rule() -> None:
     """One kept leniently beside one whose drafts are verified by the coupled rule."""
     new = policy(1.0, 1.0)
     rows = new[torch.tensor([VOCAB, 1, VOCAB, 1])]
     drafts = torch.tensor([1, 1], dtype=torch.int32)
     cu_rows = torch.tensor([0, 2, 4], dtype=torch.int32)
     arguments = rows, cu_rows, drafts, torch.ones(2), torch.tensor([5, 5]), torch.tensor([9, 9]), 2
-    judged = [Judged(float("inf"), [-1.0], 0, -1.0), None]
-    (tokens, emitted, _), marks = verify_leniently(judged, *arguments, [1, 1])
+    lenient = [LenientDraft(float("inf"), [-1.0], 0, -1.0), None]
+    (tokens, emitted, _), marks = verify_leniently(lenient, *arguments, [1, 1])
     plain = verify_tokens(*arguments)
     assert tokens[0].tolist() == [1, 0] and marks.tolist() == [[0, 1], [0, 0]]
     assert torch.equal(tokens[1], plain.tokens[1]) and emitted[1] == plain.num_emitted[1]

@@ -102,6 +102,19 @@ def test_without_its_variable_the_plugin_changes_nothing() -> None:
     }
 
 
+def test_each_patch_in_the_table_is_installed() -> None:
+    code = (
+        "import rollout.engine.vllm_patches as p; nothing = lambda given: None;"
+        "p.install_coupled_sampling(None); p.install_hooks(nothing, nothing, nothing);"
+        "from vllm.platforms import current_platform;"
+        "print(current_platform.is_cpu(), *(p.PATCHES.keys() - p._installed))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    on_cpu, *missing = done.stdout.split()
+    cpu_only = {"rejection_sampler.expand_batch_to_tokens", "UnquantizedFusedMoEMethod._setup_kernel"}
+    assert set(missing) == (set() if on_cpu == "True" else cpu_only)
+
+
 def test_an_untested_vllm_is_refused() -> None:
     code = (
         "import vllm; vllm.__version__ = '0.99.1';"

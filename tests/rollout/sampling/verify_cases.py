@@ -62,7 +62,7 @@ def single_rows(logits: Tensor, temperature: float = 1.0, seed: int = 0) -> Call
 
 
 def shapes_of_logits(vocab: int) -> dict[str, Tensor]:
-    """Rows that are hard on the pruning of tokens: huge, flat, peaked, and with the winner in odd places."""
+    """Rows that are hard on the pruning of tokens: huge, flat, peaked, and with the winner in odd positions."""
     ramp = torch.linspace(-40, 40, vocab)
     peaks = torch.zeros(vocab)
     peaks[[0, vocab // 2, vocab - 1]] = torch.tensor([12.0, 12.1, 11.9])

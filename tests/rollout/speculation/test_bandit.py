@@ -9,20 +9,11 @@ import pytest
 
 from megatron_rl.config import ConfigError
 from rollout.speculation.acceptance_model import AcceptanceModel
-from rollout.speculation.bandit import (
-    PLAIN,
-    TRIALS,
-    Arm,
-    Controller,
-    EpsilonGreedyController,
-    StaticController,
-    Step,
-    ThompsonController,
-    bucket_of,
-    make_arms,
-    make_controller,
-)
+from rollout.speculation.arms import PLAIN, Arm, Controller, Step, bucket_of, make_arms
+from rollout.speculation.bandit import StaticController, make_controller
+from rollout.speculation.epsilon_greedy import EpsilonGreedyController
 from rollout.speculation.latency_model import LatencyModel
+from rollout.speculation.thompson import TRIALS, ThompsonController
 
 ARMS = make_arms(["ngram"], 8)
 
@@ -30,12 +21,12 @@ ARMS = make_arms(["ngram"], 8)
 class Machine:
     """An engine whose step takes `base + row * rows` seconds and whose drafts are accepted with a given chance."""
 
-    def __init__(self, base: float, row: float, accept: float, seed: int = 0, tells: bool = True) -> None:
-        self.base, self.row, self.accept, self.tells = base, row, accept, tells
+    def __init__(self, base: float, row: float, accept: float, seed: int = 0, estimates: bool = True) -> None:
+        self.base, self.row, self.accept, self.estimates = base, row, accept, estimates
         self.random = random.Random(seed)
 
     def emitted(self, batch: int, k: int) -> float:
-        return batch * sum(self.accept**place for place in range(k + 1))
+        return batch * sum(self.accept**position for position in range(k + 1))
 
     def seconds(self, batch: int, k: int) -> float:
         return self.base + self.row * batch * (k + 1)
@@ -51,7 +42,7 @@ class Machine:
         chosen = []
         for number in range(steps):
             expected = {}
-            if self.tells:
+            if self.estimates:
                 expected = {arm: (batch * arm.k, self.emitted(batch, arm.k) - batch) for arm in ARMS if arm.k}
             arm = controller.choose(batch, expected)
             chosen.append(arm)
@@ -94,7 +85,7 @@ THOMPSON: Callable[[], Controller] = lambda: ThompsonController(ARMS, seed=1)  #
 def test_the_best_arm_is_found(make: Callable[[], Controller], batch: int, machine: Machine) -> None:
     controller = make()
     machine.run(controller, batch, 300)
-    # Epsilon-greedy goes on trying arms that are far worse.
+    # Epsilon-greedy keeps trying arms that are far worse.
     bound = 0.97 if isinstance(controller, ThompsonController) else 0.85
     assert share_of_best(machine, batch, machine.run(controller, batch, 600)) > bound
 
@@ -107,7 +98,7 @@ def test_the_model_needs_few_trials(subtests: pytest.Subtests) -> None:
 
 
 def test_the_model_learns_acceptance_where_the_drafter_cannot_tell() -> None:
-    machine = Machine(base=5e-3, row=1e-4, accept=0.85, tells=False)
+    machine = Machine(base=5e-3, row=1e-4, accept=0.85, estimates=False)
     controller = THOMPSON()
     machine.run(controller, 2, 200)
     assert share_of_best(machine, 2, machine.run(controller, 2, 200)) > 0.95
@@ -258,20 +249,20 @@ class TwoDrafters:
     def run(self, controller: Controller, batch: int, steps: int) -> list[Arm]:
         chosen = []
         for _ in range(steps):
-            told = {arm: (batch * arm.k, batch * self._fraction("ngram", arm.k)) for arm in ARMS if arm.k}
-            arm = controller.choose(batch, told)
+            expected = {arm: (batch * arm.k, batch * self._fraction("ngram", arm.k)) for arm in ARMS if arm.k}
+            arm = controller.choose(batch, expected)
             chosen.append(arm)
-            tried = [round(batch * self.accept.get(arm.drafter, 0.0) ** place) for place in range(arm.k + 1)]
+            tried = [round(batch * self.accept.get(arm.drafter, 0.0) ** position) for position in range(arm.k + 1)]
             seconds = 4e-3 + 1e-4 * batch * (arm.k + 1) + (5e-4 * arm.k if arm.drafter == "eagle" else 0.0)
-            places = (tuple(tried[:-1]), tuple(tried[1:])) if arm.drafter == "eagle" else ()
+            positions = (tuple(tried[:-1]), tuple(tried[1:])) if arm.drafter == "eagle" else ()
             emitted = batch + sum(tried[1:])
             controller.observe(
-                Step(arm, batch, batch * arm.k, emitted, seconds * self.random.gauss(1.0, 0.03), *places)
+                Step(arm, batch, batch * arm.k, emitted, seconds * self.random.gauss(1.0, 0.03), *positions)
             )
         return chosen
 
     def _fraction(self, drafter: str, k: int) -> float:
-        return sum(self.accept[drafter] ** (place + 1) for place in range(k))
+        return sum(self.accept[drafter] ** (position + 1) for position in range(k))
 
 
 def drafters_of(chosen: list[Arm]) -> Counter[str]:

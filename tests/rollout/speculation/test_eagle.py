@@ -16,10 +16,10 @@ from drafter.eagle.draft_loss import LossOptions
 from drafter.eagle.head import EagleHead, HeadConfig
 from drafter.eagle.head_files import head_tensors, save_head
 from megatron_rl.config import ConfigError
-from rollout.engine.engine import engine_arguments
+from rollout.engine.engine_arguments import engine_arguments
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.weight_client import FleetClient
-from rollout.speculation.bandit import PLAIN
+from rollout.speculation.arms import PLAIN
 from rollout.speculation.eagle import LINGER
 from rollout.speculation.head_weights import pack_head
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts

@@ -1,11 +1,11 @@
-"""How long drafts of earlier responses are, and where they go on after a difference."""
+"""How long drafts of earlier responses are, and how they continue after a difference."""
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from rollout.speculation.history_drafts import HistoryDrafts
-from rollout.types import GROUP_KEY, HISTORY, PAST_KEY, SEED_KEY, SUFFIX, Past, TokenSource
+from rollout.types import HISTORY, SUFFIX, Past, RequestExtras, TokenSource
 
 PROMPT = [90, 91, 92, 93]
 THRESHOLD = 0.3
@@ -13,7 +13,7 @@ THRESHOLD = 0.3
 
 def request(name: str, text: list[int], seed: int = 7, past_seed: int = 7) -> Request:
     past = Past(np.array(text, np.int32), np.full(len(text), -1, np.float32), past_seed)
-    extra = {GROUP_KEY: "g", SEED_KEY: seed, PAST_KEY: past}
+    extra = RequestExtras(seed=seed, group="g", past=past).to_dict()
     return Request(name, PROMPT, SamplingParams(max_tokens=200, extra_args=extra), None)
 
 
@@ -23,7 +23,7 @@ def plenty(request: Request) -> int:
 
 def step(drafts: HistoryDrafts, request: Request, draft: list[int], emitted: list[int]) -> None:
     """The engine has verified the draft and emitted these tokens."""
-    drafts.verified(request, len(draft), emitted, last_kept=False)
+    drafts.record_verified(request, len(draft), emitted, last_kept=False)
     request.append_output_token_ids(emitted)
 
 
@@ -65,13 +65,13 @@ def test_drafts_get_short_where_responses_differ_soon_and_where_rows_are_dear() 
     assert 4 <= length(THRESHOLD) <= 12 < at_first
 
 
-def test_after_a_difference_the_texts_of_the_group_go_on() -> None:
+def test_after_a_difference_drafts_come_from_the_texts_of_the_group() -> None:
     drafts = HistoryDrafts(16, 2**20)
     mine = request("a", [1, 2, 3, 4, 5, 6, 7, 8])
     sibling = request("b", [11, 12, 13, 14, 15, 16, 17, 18])
     for each in (mine, sibling):
         drafts.start(each)
-    step(drafts, mine, [1, 2, 3], [1, 2, 40])  # a detour ...
+    step(drafts, mine, [1, 2, 3], [1, 2, 40])  # a difference ...
     drafts.propose([mine], plenty, 0.05)
     step(drafts, mine, [], [4, 5])  # ... that leads back to its own text
     name, draft = drafts.propose([mine], plenty, 0.05)["a"]

@@ -109,7 +109,7 @@ def test_coupled_reuse_emits_the_tokens_of_plain_decoding(
         assert TokenSource.HISTORY not in mine.sources[kept:]
     changed = sum(r.token_ids != old.token_ids for r, old in zip(rollouts, earlier, strict=True))
     assert 0 < changed < len(rollouts), "the update must change some responses"
-    assert counts(engines[engine]).accepted_by[SUFFIX] > 0, "after a difference the old texts go on being of use"
+    assert counts(engines[engine]).accepted_by[SUFFIX] > 0, "after a difference the old texts are still of use"
 
 
 def test_the_same_policy_draws_all_of_it_again_in_a_few_steps(engines: dict[str, Any], expected: list[Rollout]) -> None:
@@ -127,8 +127,8 @@ def test_the_same_policy_draws_all_of_it_again_in_a_few_steps(engines: dict[str,
 def test_another_seed_only_looks_at_the_past(engines: dict[str, Any], earlier: list[Rollout]) -> None:
     fresh = [replace(request, seed=request.seed + 10**6) for request in requests()]
     expected = generate(engines["plain"], fresh)
-    asked = [replace(request, past=past_of(old)) for request, old in zip(fresh, earlier, strict=True)]
-    rollouts = generate(engines["history"], asked)
+    requested = [replace(request, past=past_of(old)) for request, old in zip(fresh, earlier, strict=True)]
+    rollouts = generate(engines["history"], requested)
     assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
     assert TokenSource.HISTORY not in {source for r in rollouts for source in r.sources}
 
@@ -174,14 +174,14 @@ def test_lenient_reuse_ends_at_the_first_token_that_the_rule_rejects(
     engines: dict[str, Any], earlier: list[Rollout], lenience: float
 ) -> None:
     """The rule is computed here from the log-probs of both engines; near-ties would show as a difference."""
-    asked = with_past(earlier, lenience=lenience)
+    requested = with_past(earlier, lenience=lenience)
     kept = generate(engines["history"], with_past(earlier, lenience=float("inf")))
-    rollouts = generate(engines["history"], asked)
+    rollouts = generate(engines["history"], requested)
     rejected_later = 0
-    for request, old, now, rollout in zip(asked, earlier, kept, rollouts, strict=True):
+    for request, old, now, rollout in zip(requested, earlier, kept, rollouts, strict=True):
         assert now.token_ids == old.token_ids
-        places = torch.arange(len(old.token_ids)) + len(request.prompt_ids) - 1
-        log_u = acceptance_uniforms(torch.full((len(places),), request.seed), places).log()
+        positions = torch.arange(len(old.token_ids)) + len(request.prompt_ids) - 1
+        log_u = acceptance_uniforms(torch.full((len(positions),), request.seed), positions).log()
         gain = torch.tensor(now.logprobs).double() - torch.tensor(old.logprobs).double()
         accepted = log_u <= lenience + gain
         first = len(accepted) if bool(accepted.all()) else int((~accepted).int().argmax())

@@ -90,7 +90,7 @@ def test_the_sums_are_those_of_the_drafts() -> None:
     lengths = drafts.lengths[:2].tolist()
     assert lengths == [4, 2]
     assert drafts.drafted.tolist() == [0, 2, 4, 5, 6]
-    total = sum(float(drafts.chances[row, place]) for row, n in enumerate(lengths) for place in range(n))
+    total = sum(float(drafts.chances[row, position]) for row, n in enumerate(lengths) for position in range(n))
     assert drafts.accepted[4] == pytest.approx(total, rel=1e-5)
 
 

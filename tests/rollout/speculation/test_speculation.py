@@ -12,7 +12,8 @@ import ray
 import torch
 from safetensors.torch import save_file
 
-from rollout.speculation.scheduler import LONGEST_REST, PATIENCE, Rest
+from rollout.speculation.draft_backoff import LONGEST_BACKOFF, PATIENCE, DraftBackoff
+from rollout.speculation.speculation_settings import LearnedSpeculation
 from rollout.types import Rollout, RolloutRequest, TokenSource
 from tests.rollout.helpers import VOCAB_LIMIT, generate, make_requests, open_arguments, open_engines
 
@@ -78,8 +79,7 @@ def test_switching_in_mid_run_does_not_change_the_tokens(engines: dict[str, Any]
             if step % 5 == 0:
                 engine.set_speculation("static", (1, 8, 2, 5)[step // 5 % 4])
                 for request in engine._scheduler.requests.values():  # the new drafter starts from the middle
-                    number = engine._scheduler._numbers[request.request_id]
-                    engine._scheduler._ngram.start(number, "again", list(request.all_token_ids))
+                    engine._scheduler._ngram.start(request, "again", list(request.all_token_ids))
             if step % 7 == 3:
                 engine._scheduler.controller._arm = replace(engine._scheduler.controller._arm, k=0)
             step += 1
@@ -120,7 +120,7 @@ def test_an_abort_in_the_middle_leaves_the_next_requests_alone(
         for _ in range(6):
             engine._step()
         engine.take_unfinished()
-        return len(engine._scheduler._numbers) + len(engine._scheduler._accepted)
+        return len(engine._scheduler._ngram) + len(engine._scheduler._accepted)
 
     assert ray.get(engines["drafting"].apply.remote(abort_half_way, group_requests())) == 0
     assert_same(generate(engines["drafting"], group_requests()), expected)
@@ -130,7 +130,7 @@ def test_an_engine_takes_over_what_another_one_of_the_same_rule_has_learned(engi
     engine = engines["drafting"]
     ray.get(engine.set_speculation.remote("thompson", 4))
     generate(engine, group_requests(32))
-    learned = json.loads(json.dumps(ray.get(engine.speculation_state.remote())))
+    learned = LearnedSpeculation.from_dict(json.loads(json.dumps(ray.get(engine.speculation_state.remote()).to_dict())))
     ray.get(engine.set_speculation.remote("thompson", 5))
     fresh = ray.get(engine.speculation_state.remote())
     assert fresh != learned
@@ -138,22 +138,22 @@ def test_an_engine_takes_over_what_another_one_of_the_same_rule_has_learned(engi
     assert ray.get(engine.speculation_state.remote()) == learned
     ray.get(engine.set_speculation.remote("epsilon_greedy", 4))
     ray.get(engine.restore_speculation.remote(learned))  # of no use to another rule
-    assert ray.get(engine.speculation_state.remote())["adaptive"] == "epsilon_greedy"
+    assert ray.get(engine.speculation_state.remote()).adaptive == "epsilon_greedy"
     assert ray.get(engines["plain"].speculation_state.remote()) is None
 
 
-def test_drafts_that_do_not_pay_are_looked_at_ever_more_seldom() -> None:
-    rest, looks = Rest(), []
+def test_drafts_that_do_not_pay_are_considered_ever_less_often() -> None:
+    backoff, considered = DraftBackoff(), []
     for step in range(300):
-        if not rest.goes_on(bucket=64):
-            looks.append(step)
-            rest.looked(used=False)
-    gaps = [after - before for before, after in pairwise(looks)]
+        if not backoff.skips(bucket=64):
+            considered.append(step)
+            backoff.record(used=False)
+    gaps = [after - before for before, after in pairwise(considered)]
     assert gaps[:PATIENCE] == [1] * PATIENCE and gaps[PATIENCE] == 2
-    assert gaps == sorted(gaps) and max(gaps) == LONGEST_REST
-    assert not rest.goes_on(bucket=32), "fewer requests: drafts may pay now"
-    rest.looked(used=True)
-    assert not rest.goes_on(bucket=32), "drafts in use are looked at in every step"
+    assert gaps == sorted(gaps) and max(gaps) == LONGEST_BACKOFF
+    assert not backoff.skips(bucket=32), "fewer requests: drafts may pay now"
+    backoff.record(used=True)
+    assert not backoff.skips(bucket=32), "drafts in use are considered in every step"
 
 
 def test_sources_tell_which_tokens_were_drafts(engines: dict[str, Any]) -> None:
@@ -212,9 +212,9 @@ def test_constraints_are_kept_and_drafts_do_not_change_the_tokens(
 
 def planted_defect(engine: Any, defect: str, requests: list[RolloutRequest]) -> list[Rollout]:
     """Generate with a verifier that has something wrong with it."""
-    from rollout.engine import vllm_patches
+    from rollout.sampling import coupled_sampler
 
-    sound = vllm_patches.verify_tokens
+    sound = coupled_sampler.verify_tokens
 
     def broken(logits: Any, cu_rows: Any, drafts: Any, temperature: Any, seeds: Any, positions: Any, most: int) -> Any:
         if defect == "shifted position" and len(drafts):
@@ -231,11 +231,11 @@ def planted_defect(engine: Any, defect: str, requests: list[RolloutRequest]) -> 
                     result.tokens[request, last] = drafts[begin - request + last]
         return result
 
-    vllm_patches.verify_tokens = broken
+    coupled_sampler.verify_tokens = broken
     try:
         return engine.generate_timed(requests).rollouts  # type: ignore[no-any-return]
     finally:
-        vllm_patches.verify_tokens = sound
+        coupled_sampler.verify_tokens = sound
 
 
 @pytest.mark.parametrize("defect", ["none", "accept threshold 0.9", "shifted position", "stale noise"])
@@ -248,9 +248,9 @@ def test_a_planted_defect_shows(engines: dict[str, Any], expected: list[Rollout]
 
 
 def count_tokens_per_verification(engine: Any, requests: list[RolloutRequest]) -> tuple[list[Rollout], float]:
-    from rollout.engine import vllm_patches
+    from rollout.sampling import coupled_sampler
 
-    sound, emitted, verified = vllm_patches.verify_tokens, 0, 0
+    sound, emitted, verified = coupled_sampler.verify_tokens, 0, 0
 
     def counting(logits: Any, cu_rows: Any, drafts: Any, *rest: Any) -> Any:
         nonlocal emitted, verified
@@ -260,11 +260,11 @@ def count_tokens_per_verification(engine: Any, requests: list[RolloutRequest]) -
             verified += len(result.num_emitted)
         return result
 
-    vllm_patches.verify_tokens = counting
+    coupled_sampler.verify_tokens = counting
     try:
         return engine.generate_timed(requests).rollouts, emitted / max(verified, 1)
     finally:
-        vllm_patches.verify_tokens = sound
+        coupled_sampler.verify_tokens = sound
 
 
 def random_eagle3(folder: Path, hidden: int = 64, heads: int = 4, kv_heads: int = 2, head_dim: int = 32) -> Path:
@@ -340,12 +340,12 @@ def test_rejection_draws_from_the_same_distribution(model: Path, tmp_path: Path,
         rejection = generate(engine, requests)
     coupled = generate(engines["drafting"], requests)
     assert any(TokenSource.DRAFT in rollout.sources for rollout in rejection)
-    for place in range(3):
+    for position in range(3):
         counts = torch.zeros(2, VOCAB_LIMIT)
         for row, rollouts in enumerate((rejection, coupled)):
             for rollout in rollouts:
-                if len(rollout.token_ids) > place:
-                    counts[row, rollout.token_ids[place]] += 1
+                if len(rollout.token_ids) > position:
+                    counts[row, rollout.token_ids[position]] += 1
         often = counts.sum(0) >= 16
         pooled = torch.cat([counts[:, often], counts[:, ~often].sum(1, keepdim=True)], dim=1)
         mean = pooled.sum(0) / pooled.sum() * pooled.sum(1, keepdim=True)

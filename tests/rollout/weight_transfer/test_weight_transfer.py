@@ -128,17 +128,17 @@ def test_checksums_hold_for_other_architectures_in_bf16(architecture: dict, tmp_
 
 def test_ranks_fill_the_segment_together(tmp_path: Path) -> None:
     weights = {"a": torch.randn(7, 3), "b": torch.randn(5).bfloat16(), "c": torch.randn(1)}
-    places = plan_segment(StateDictSource(weights).metadata())
+    slots = plan_segment(StateDictSource(weights).metadata())
     name = segment_name(str(tmp_path))
-    owner = create_segment(name, segment_bytes(places))
+    owner = create_segment(name, segment_bytes(slots))
     try:
         for rank in range(3):
-            mapped = map_segment(name, segment_bytes(places))
+            mapped = map_segment(name, segment_bytes(slots))
             for piece, index, shard in StateDictSource(weights, rank, ranks=3).pieces():
-                {place.name: place.view(mapped) for place in places}[piece][index].copy_(shard)
-        mapped = map_segment(name, segment_bytes(places))
-        for place in places:
-            assert torch.equal(place.view(mapped), weights[place.name])
+                {slot.name: slot.view(mapped) for slot in slots}[piece][index].copy_(shard)
+        mapped = map_segment(name, segment_bytes(slots))
+        for slot in slots:
+            assert torch.equal(slot.view(mapped), weights[slot.name])
     finally:
         owner.close()
         owner.unlink()
