@@ -32,8 +32,9 @@ class Finding:
 
 def examine(terminal: Terminal | None = None) -> list[Finding]:
     """Print the table; returns its rows."""
+    supported = (3, 11) <= sys.version_info < (3, 14)
     findings = [
-        Finding("Python", platform.python_version(), state="ok" if sys.version_info >= (3, 11) else "problem"),
+        Finding("Python", platform.python_version(), state="ok" if supported else "problem"),
         *torch_and_devices(),
         *trainer_packages(),
         *engine_packages(),
