@@ -76,7 +76,8 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Checkpoint or Hugging Face folder; default: model.path.")
+        str | None,
+        typer.Option("--checkpoint", help="Checkpoint or Hugging Face folder, or Org/Name; default: model.path."),
     ] = None,
     sets: Annotated[
         str, typer.Option("--sets", help="Names, files or NAME=FILE, separated by commas; default: data.eval.")
@@ -98,7 +99,7 @@ def evaluate(
 
     overrides = overrides or []
     settings = for_evaluation(load_config(config, overrides), checkpoint, _listed(sets), seed, output)
-    options = ["--checkpoint", str(checkpoint)] if checkpoint is not None else []
+    options = ["--checkpoint", settings.model.path] if checkpoint is not None else []
     options += ["--sets", sets] if sets else []
     options += ["--seed", str(seed)] if seed is not None else []
     options += ["--output", str(output)] if output is not None else []
@@ -134,12 +135,18 @@ def _listed(text: str) -> list[str]:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face model folder, or Megatron checkpoint folder.")],
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, Megatron checkpoint folder, or Org/Name.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     to: Annotated[Format, typer.Option("--to", help="Format of OUTPUT.")],
+    family: Annotated[
+        str | None, typer.Option("--family", help="The model's family, as in model.family: module:NAME.")
+    ] = None,
 ) -> None:
     """Convert a model between the Hugging Face layout and a Megatron checkpoint."""
-    if not source.is_dir():
+    from megatron_rl.config.hub import local_folder, pin
+
+    source = pin(source, "SOURCE ")
+    if not local_folder(source).is_dir():
         raise ConfigError(f"{source} is not a folder; give a folder with a model or a checkpoint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} already exists and is not an empty folder; choose another output.")
@@ -148,7 +155,7 @@ def convert(
     silence_known_warnings()
     from megatron_rl.convert import hf_to_megatron, megatron_to_hf
 
-    (megatron_to_hf if to is Format.hf else hf_to_megatron)(str(source), str(output))
+    (megatron_to_hf if to is Format.hf else hf_to_megatron)(source, str(output), family)
 
 
 @app.command("config")
@@ -191,9 +198,10 @@ def bench_speculative(
 ) -> None:
     """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
     from megatron_rl.config import load_config
+    from megatron_rl.config.hub import pin_model
     from megatron_rl.drafting.bench import run_speculative
 
-    settings = load_config(config, overrides or [])
+    settings = pin_model(load_config(config, overrides or []))
     if quick:
         batches, tokens, repetitions = "1,32", min(tokens or settings.rollout.max_tokens, 48), 2
     run_speculative(settings, batches, tokens, repetitions, json, quick)
@@ -249,8 +257,9 @@ def profile_quantization(
     """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
     from megatron_rl.calibration.profile import profile
     from megatron_rl.config import load_config
+    from megatron_rl.config.hub import pin_model
 
-    settings = load_config(config, overrides or [])
+    settings = pin_model(load_config(config, overrides or []))
     profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)
 
 

@@ -48,10 +48,10 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
     if job.gpus_per_node == 0:
         raise ConfigError("--gpus-per-node 0: a plan is about GPUs; give at least 1.")
     gpu, roles = GPUS[gpu_name], node_roles(config, job)
-    hf = read_hf_config(config.model.path)
+    hf = read_hf_config(config.model.path, config.model.family)
     world = roles.trainers * job.gpus_per_node
     check_layout(config, hf, world)
-    arch = Architecture.from_hf(hf)
+    arch = Architecture.from_hf(hf, config.model.family)
     load = Workload(
         prompt_tokens or config.data.max_prompt_tokens * DEFAULT_SHARE,
         response_tokens or config.rollout.max_tokens * DEFAULT_SHARE,

@@ -104,7 +104,9 @@ def render(config: Config, job: Job, arguments: Sequence[str], workdir: Path) ->
         ConfigError: when the experiment does not fit the nodes.
     """
     roles = node_roles(config, job)
-    check_layout(config, read_hf_config(config.model.path), roles.trainers * job.processes_per_node)
+    check_layout(
+        config, read_hf_config(config.model.path, config.model.family), roles.trainers * job.processes_per_node
+    )
     run_dir = (workdir / config.run_dir).resolve()
     separate = config.rollout.placement == "separate"
     gpus = str(job.gpus_per_node) if job.gpus_per_node else ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.hub import local_folder, pin
 from rollout.engine.vllm_options import check_sampling_options, check_vllm_options
 from rollout.quantization.quantization_settings import quantization_arguments
 from rollout.speculation.bandit import EAGLE
@@ -143,12 +144,13 @@ class RolloutEngine:
     def start(self) -> int:
         """Load the model; returns how many requests can run at the same time.
 
-        Raises ConfigError for options that vLLM refuses, and whatever else vLLM raises.
+        Raises ConfigError for options that vLLM refuses and a missing model, and whatever else vLLM raises.
         """
         from vllm import EngineArgs, LLMEngine
 
+        model = str(local_folder(pin(self._arguments["model"])))  # each node has its own copy of a model on the hub
         try:
-            engine_config = EngineArgs(**self._arguments).create_engine_config()
+            engine_config = EngineArgs(**self._arguments | {"model": model}).create_engine_config()
         except ValidationError as error:
             reasons = "; ".join(part["msg"] for part in error.errors())
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
