@@ -147,7 +147,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl*", "rollout*", "drafter*"]),
-    package_data={"megatron_rl.cluster": ["slurm.sh"]},
+    package_data={"megatron_rl.cluster": ["slurm.sh", "published_models.json"]},
     install_requires=[
         "torch>=2.13",
         "megatron-core==0.16.1",

@@ -328,8 +328,12 @@ def launch_slurm(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Nodes.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node.")] = 8,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Nodes; default: as few as the experiment needs.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus-per-node", help="GPUs of a node; default: as few as it needs, 8 at most.")
+    ] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100-80, h100 or h200.")] = "h100",
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", help="Mean length of prompts; default: half the limit.")
@@ -340,11 +344,11 @@ def plan(
 ) -> None:
     """Show what the experiment needs on GPUs: memory by part, pipeline, weight sync, expected speed and its limit."""
     from megatron_rl.cluster.plan import plan as print_plan
-    from megatron_rl.cluster.slurm import Job
+    from megatron_rl.cluster.slurm import smallest_job
     from megatron_rl.config import load_config
 
     settings = load_config(config, overrides or [])
-    print_plan(settings, Job(nodes, gpus, gpus), gpu, prompt_tokens, response_tokens)
+    print_plan(settings, smallest_job(settings, nodes, gpus), gpu, prompt_tokens, response_tokens)
 
 
 @app.command()

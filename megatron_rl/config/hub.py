@@ -67,7 +67,7 @@ def pin(path: str, setting: str = MODEL_PATH) -> str:
     if not is_hub_name(path):
         return path
     repo, revision = split_name(path)
-    folder = _cached(repo, revision) if COMMIT.fullmatch(revision or "") else None
+    folder = cached_folder(path) if COMMIT.fullmatch(revision or "") else None
     if folder is None or _missing_file(folder) is not None:
         folder = _download(path, setting, FILES)
     if (missing := _missing_file(folder)) is not None:
@@ -86,7 +86,7 @@ def local_folder(path: str | Path) -> Path:
     """
     if not is_hub_name(str(path)):
         return Path(path)
-    folder = _cached(*split_name(str(path)))
+    folder = cached_folder(str(path))
     if folder is None:
         raise ConfigError(
             f"{MODEL_PATH}{str(path)!r} is not a folder, and no model of that name is in the Hugging Face hub's cache "
@@ -103,17 +103,19 @@ def fetch_config(path: str) -> Path:
     """
     if not is_hub_name(path):
         return Path(path)
-    folder = _cached(*split_name(path))
+    folder = cached_folder(path)
     if folder is None or not (folder / "config.json").exists():
         folder = _download(path, MODEL_PATH, ("config.json",))
     return folder
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def cached_folder(name: str) -> Path | None:
+    """Where the hub's cache has that model, whole or in part; None: it has nothing of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:  # whole or not: `_missing_file` looks at what matters
+    repo, revision = split_name(name)
+    try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except LocalEntryNotFoundError:
         return None
@@ -152,10 +154,11 @@ def _reason(error: Exception, path: str) -> str:
             f"is not, or not whole, in the cache {constants.HF_HUB_CACHE}, while HF_HUB_OFFLINE allows no download: "
             f"run `hf download {repo}` where there is a network, or unset it"
         )
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    cause = error.__cause__ or error
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())
     return (
-        f"cannot be had ({reason}): try again with a network, or run `hf download {repo}` where there is one and let "
-        "HF_HOME name that cache"
+        f"cannot be looked up ({reason}): try again with a network, or run `hf download {repo}` where there is one and "
+        "let HF_HOME name that cache"
     )
 
 

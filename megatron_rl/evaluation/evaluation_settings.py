@@ -15,7 +15,7 @@ from megatron_rl.evaluation.results import file_name
 
 
 def for_evaluation(
-    config: Config, checkpoint: str | None, sets: Sequence[str], seed: int | None, output: Path | None
+    config: Config, checkpoint: str | Path | None, sets: Sequence[str], seed: int | None, output: Path | None
 ) -> Config:
     """The experiment as `run` wants it: another policy, sets and seed, and `run_dir` the folder of the results.
 
@@ -24,7 +24,7 @@ def for_evaluation(
     Raises:
         ConfigError: when the checkpoint is no model, the sets or the drafter cannot be used.
     """
-    path = pin(checkpoint, "--checkpoint ") if checkpoint is not None else config.model.path
+    path = pin(str(checkpoint), "--checkpoint ") if checkpoint is not None else config.model.path
     if checkpoint is not None and weights_file(local_folder(path)) is None:
         raise ConfigError(
             f"--checkpoint {checkpoint} holds neither *.safetensors nor megatron/metadata.json; give a folder such as "
