@@ -8,28 +8,35 @@ from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.megatron_folder import has_megatron_weights, write_model_folder
 from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
+from megatron_rl.observability.console import Console
 from megatron_rl.trainer.policy import Policy
 
 
 def hf_to_megatron(model: str, output: str) -> None:
-    """Write the Hugging Face model `model` as a folder that `model.path` accepts, with Megatron weights.
+    """Write a Hugging Face model as a folder that `model.path` accepts, with Megatron weights.
 
-    A folder `output` that exists is replaced.
+    Args:
+        model: folder of the model.
+        output: folder to write; one that exists is replaced.
 
     Raises:
         ConfigError: when `model` has no Hugging Face weights.
     """
     if not has_hf_weights(model):
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
-    policy = _load(model, output)
+    policy, console = _load(model, output), Console(enabled=True)
+    console.info(f"writing {output}")
     write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
     shutdown()
+    console.info(f"{output} is a model in Megatron's format; use it with model.path={output}")
 
 
 def megatron_to_hf(checkpoint: str, output: str) -> None:
-    """Write a run's checkpoint (`run_dir/checkpoints/step_...`) or converted folder as a Hugging Face model.
+    """Write a run's checkpoint or a converted folder as a Hugging Face model.
 
-    A folder `output` that exists is replaced.
+    Args:
+        checkpoint: `run_dir/checkpoints/step_...`, or what `hf_to_megatron` wrote.
+        output: folder to write; one that exists is replaced.
 
     Raises:
         ConfigError: when `checkpoint` has no Megatron weights.
@@ -38,9 +45,13 @@ def megatron_to_hf(checkpoint: str, output: str) -> None:
         raise ConfigError(
             f"{checkpoint!r} has no megatron/metadata.json; give a checkpoint folder such as step_000020."
         )
+    console = Console(enabled=True)
+    console.info(f"reading {checkpoint}")
     policy = _load(checkpoint, output)
-    export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output))
+    with console.progress("writing") as progress:
+        export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output), progress)
     shutdown()
+    console.info(f"{output} is a model in the Hugging Face format")
 
 
 def _load(model: str, output: str) -> Policy:

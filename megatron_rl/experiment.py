@@ -162,19 +162,9 @@ class Experiment:
             self._logger.close()
             self.fleet.shutdown()
 
-    @contextlib.contextmanager
-    def progress(self, name: str) -> Iterator[Progress]:
+    def progress(self, name: str) -> contextlib.AbstractContextManager[Progress]:
         """A console progress line for a pass over micro-batches."""
-        with contextlib.ExitStack() as stack:
-            phase: Any = None
-
-            def report(done: int, total: int) -> None:
-                nonlocal phase
-                if phase is None:
-                    phase = stack.enter_context(self.console.phase(name, total))
-                phase.advance()
-
-            yield report
+        return self.console.progress(name)
 
     def pause_generation(self) -> None:
         """Stop the engines where they generate beside training: what follows needs them."""
