@@ -39,13 +39,15 @@ def publish(
     terminal = terminal or standard_output()
     if rows:
         table = Table(title=title)
-        for name, value in rows[0].items():
-            table.add_column(escape(name), overflow="fold", justify="right" if _is_number(value) else "left")
+        for name in rows[0]:
+            numbers = any(_is_number(row[name]) for row in rows)
+            table.add_column(escape(name), overflow="fold", justify="right" if numbers else "left")
         for row in rows:
             # Not as markup, in which `:eagle:` is a picture of a bird.
             table.add_row(*(Text(_text(value)) for value in row.values()))
         terminal.print(table)
-    summary = Table("ratio", "value")
+    summary = Table("ratio")
+    summary.add_column("value", justify="right")
     for name, value in ratios.items():
         summary.add_row(name, _text(value))
     terminal.print(summary)
