@@ -66,7 +66,7 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
 
 
 def check_experiment(config: Config, command: str) -> None:
-    """All checks that need no process group: the model against the layout, and what this machine can do.
+    """All checks without a process group: model against layout, the user's own modules, and what this machine can do.
 
     Raises:
         ConfigError: naming the key and the remedy.
@@ -77,9 +77,31 @@ def check_experiment(config: Config, command: str) -> None:
         check_layout(config, read_hf_config(config.model.path, config.model.family))
     if command != "sft" and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed; install megatron-rl[cpu] or, with GPUs, megatron-rl[cuda].")
+    check_extensions(config, command)
     from megatron_rl.distributed.device import check_device
 
     check_device(config)
+
+
+def check_extensions(config: Config, command: str) -> None:
+    """Whether the user's algorithm and data sources that `command` needs can be imported, before engines start.
+
+    The reward is not imported here: it may be anything, and has processes of its own.
+
+    Raises:
+        ConfigError: naming the key and the reason.
+    """
+    from megatron_rl.data.rows import find_function, is_function
+
+    sources = [("data.train", config.data.train)] if command != "eval" else []
+    sources += [("data.eval", name) for name in config.data.eval] if command in ("train", "eval") else []
+    for key, name in sources:
+        if is_function(name):
+            find_function(name, key)
+    if command == "train":
+        from megatron_rl.algorithms import load_algorithm
+
+        load_algorithm(config.algorithm)
 
 
 def process_environment(config: Config, processes_per_node: int, user: Mapping[str, str]) -> dict[str, str]:

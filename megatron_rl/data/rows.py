@@ -90,11 +90,15 @@ def _read_parquet(file: Path, key: str) -> list[tuple[str, Row]]:
     return [(f"{file}:{i}", row) for i, row in enumerate(table.to_pylist())]
 
 
-def _read_function(name: str, key: str) -> list[tuple[str, Row]]:
-    """The records of a user's function: called without arguments, it returns or yields mappings, finitely many.
+def find_function(name: str, key: str) -> Callable[[], Iterable[Any]]:
+    """The user's function `name`, not yet called.
 
-    A run that is resumed, and every trainer process of `sft`, calls it again and relies on the same records in the same
-    order.
+    Args:
+        name: `package.module:function`.
+        key: the config key that holds `name`, for messages.
+
+    Raises:
+        ConfigError: when its module cannot be imported or has no such function.
     """
     try:
         function = import_object(name)
@@ -103,6 +107,16 @@ def _read_function(name: str, key: str) -> list[tuple[str, Row]]:
     if not callable(function):
         module, _, attribute = name.partition(":")
         raise ConfigError(f"{key}={name!r}: {module} has no function {attribute}.")
+    return function  # type: ignore[no-any-return]
+
+
+def _read_function(name: str, key: str) -> list[tuple[str, Row]]:
+    """The records of a user's function: called without arguments, it returns or yields mappings, finitely many.
+
+    A run that is resumed, and every trainer process of `sft`, calls it again and relies on the same records in the same
+    order.
+    """
+    function = find_function(name, key)
     rows: list[tuple[str, Row]] = []
     broken: list[str] = []
     records = _call(function, name, key)

@@ -15,6 +15,7 @@ from examples.algorithm.pass_at_k import PassAtK, pass_at_k_advantages
 from examples.data_source.products import heldout, train
 from examples.reward.digits import score
 from megatron_rl.algorithms import load_algorithm
+from megatron_rl.cluster.launcher import check_extensions
 from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.data import load_prompts
@@ -122,6 +123,25 @@ def test_the_data_source_keeps_what_the_base_model_has_not_seen_for_evaluation()
         return {is_heldout(int(number), int(factor).bit_length() - 1) for number, factor in pairs}
 
     assert (products(train()), products(heldout())) == ({False}, {True})
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("algorithm", "algorithm.options.k=9", r"^algorithm\.options=\{'k': 9\} must be k alone"),
+        ("data_source", "data.train=examples.no_such:train", r"^data\.train='examples\.no_such:train': importing"),
+        ("data_source", "data.eval=[examples.data_source.products:test]", r"^data\.eval=.* has no function test\.$"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_starts(name: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_extensions(experiment(name, override), "train")
+
+
+def test_commands_look_only_at_what_they_need() -> None:
+    check_extensions(experiment("algorithm", "algorithm.options.k=9"), "eval")
+    check_extensions(experiment("data_source", "data.train=examples.no_such:train"), "eval")
+    check_extensions(experiment("data_source", "data.eval=[examples.no_such:train]"), "sft")
 
 
 @pytest.mark.slow
