@@ -1,4 +1,4 @@
-"""Model families: what tells one Llama-like decoder from another, each in one place. Importable without torch.
+"""Model families: how Llama-like decoders differ, one entry for each. Importable without torch.
 
 All families here are decoders of one kind: RMS norms before attention and before a gated SiLU feed-forward layer (or a
 mixture of such layers), grouped queries and rotary positions. An entry says what differs between them. `config.json`

@@ -24,7 +24,7 @@ LEFT_OUT = ("*/*", "consolidated*")
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_PATH = "model.path="
-"""How messages name the setting, unless they are told otherwise."""
+"""How messages name the setting, by default."""
 
 
 def is_hub_name(path: str) -> bool:

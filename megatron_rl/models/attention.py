@@ -57,7 +57,7 @@ class PackedAttention(MegatronModule):
     causality alone keeps real tokens from seeing padding.
 
     Of a row that is dealt to context-parallel ranks, each rank gets all keys and values, and computes with queries of
-    zero in the places of the others: right, but with nothing saved here. Transformer Engine's attention saves.
+    zero in the positions of the others: right, but with nothing saved here. Transformer Engine's attention saves.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
@@ -92,5 +92,5 @@ class PackedAttention(MegatronModule):
             unpack(value).repeat_interleave(groups, 1),
             is_causal=True,
         )
-        places = packing.padded_index if packing.held is None else packing.padded_index[packing.held]
-        return output.transpose(1, 2).flatten(0, 1)[places].flatten(1)
+        positions = packing.padded_index if packing.held is None else packing.padded_index[packing.held]
+        return output.transpose(1, 2).flatten(0, 1)[positions].flatten(1)

@@ -18,18 +18,18 @@ def held_places(lengths: list[int], rank: int, size: int) -> Int[torch.Tensor, "
         lengths: of the sequences in the row, each a multiple of 2 * `size`.
         rank, size: of the context-parallel group.
     """
-    places, start = [], 0
+    positions, start = [], 0
     for length in lengths:
         chunk = length // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
-            places.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+            positions.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
         start += length
-    return torch.cat(places)
+    return torch.cat(positions)
 
 
 def join(
     part: Float[torch.Tensor, "held *rest"],
-    places: Int[torch.Tensor, "held"],
+    positions: Int[torch.Tensor, "held"],
     total: int,
     group: torch.distributed.ProcessGroup,
     sum_gradients: bool,
@@ -38,13 +38,13 @@ def join(
 
     Args:
         part: this rank's rows.
-        places: where they belong; over all ranks, every place once.
+        positions: where they belong; over all ranks, every place once.
         total: rows in all.
         group: the context-parallel group.
         sum_gradients: the ranks compute different things from the result, so that a row's gradient is the sum of
             theirs; otherwise all compute the same, and each already has the gradient of its rows.
     """
-    joined: torch.Tensor = _Join.apply(part, places, total, group, sum_gradients)
+    joined: torch.Tensor = _Join.apply(part, positions, total, group, sum_gradients)
     return joined
 
 
@@ -53,22 +53,22 @@ class _Join(torch.autograd.Function):
     def forward(
         ctx: Any,
         part: torch.Tensor,
-        places: torch.Tensor,
+        positions: torch.Tensor,
         total: int,
         group: torch.distributed.ProcessGroup,
         sum_gradients: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(positions)
         ctx.group, ctx.sum_gradients = group, sum_gradients
-        joined = part.new_zeros(total, *part.shape[1:]).index_copy_(0, places, part)
+        joined = part.new_zeros(total, *part.shape[1:]).index_copy_(0, positions, part)
         torch.distributed.all_reduce(joined, group=group)
         return joined
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        (places,) = ctx.saved_tensors
+        (positions,) = ctx.saved_tensors
         (gradient,) = gradients
         if ctx.sum_gradients:
             gradient = gradient.clone()
             torch.distributed.all_reduce(gradient, group=ctx.group)
-        return gradient.index_select(0, places), None, None, None, None
+        return gradient.index_select(0, positions), None, None, None, None

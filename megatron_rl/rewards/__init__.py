@@ -11,7 +11,7 @@ Args:
 
 Returns:
     A finite number, or anything with `__float__`: the larger the better. Algorithms compare the responses to a prompt,
-    so the scale seldom matters; evaluation counts a response as right when its score is positive.
+    so the scale rarely matters; evaluation counts a response as right when its score is positive.
 
 Raises:
     Anything: the response then counts as 0, `reward/errors` counts it, and the log names the record.

@@ -36,7 +36,7 @@ def read_rollouts(file: Path, vocab_limit: int) -> Batch:
             prompt, response = record["prompt_ids"], record["token_ids"]
             valid = all(0 <= token < vocab_limit for token in prompt + response) and prompt and response
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}:{number} is no rollout ({type(error).__name__}: {error}).") from None
+            raise ConfigError(f"{file}:{number} is not a rollout ({type(error).__name__}: {error}).") from None
         if not valid:
             raise ConfigError(
                 f"{file}:{number}: prompt_ids and token_ids have to be token ids below {vocab_limit}, those that the "

@@ -81,8 +81,8 @@ def test_rollouts_that_cannot_be_used_are_named(tmp_path: Path):
     file = tmp_path / "rollouts.jsonl"
     for line, message in {
         "": "holds no rollouts",
-        "{": "rollouts.jsonl:1 is no rollout",
-        '{"prompt_ids": [1]}': "rollouts.jsonl:1 is no rollout .KeyError: 'token_ids'",
+        "{": "rollouts.jsonl:1 is not a rollout",
+        '{"prompt_ids": [1]}': "rollouts.jsonl:1 is not a rollout .KeyError: 'token_ids'",
         '{"prompt_ids": [1], "token_ids": [99]}': "token ids below 50",
         '{"prompt_ids": [1], "token_ids": []}': "token ids below 50",
     }.items():
