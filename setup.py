@@ -147,7 +147,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_rl*", "rollout*", "drafter*"]),
-    package_data={"": ["py.typed"], "megatron_rl.cluster": ["slurm.sh"]},
+    package_data={"": ["py.typed"], "megatron_rl.cluster": ["slurm.sh", "published_models.json"]},
     install_requires=[
         "torch>=2.13",
         "megatron-core>=0.16.1,<0.20",  # SUPPORTED in megatron_patches/versions.py; from 0.17 on for Python 3.12

@@ -77,7 +77,8 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Checkpoint or Hugging Face folder; default: model.path.")
+        str | None,
+        typer.Option("--checkpoint", help="Checkpoint or Hugging Face folder, or Org/Name; default: model.path."),
     ] = None,
     sets: Annotated[
         str, typer.Option("--sets", help="Names, files or NAME=FILE, separated by commas; default: data.eval.")
@@ -99,7 +100,7 @@ def evaluate(
 
     overrides = overrides or []
     settings = for_evaluation(load_config(config, overrides), checkpoint, _listed(sets), seed, output)
-    options = ["--checkpoint", str(checkpoint)] if checkpoint is not None else []
+    options = ["--checkpoint", settings.model.path] if checkpoint is not None else []
     options += ["--sets", sets] if sets else []
     options += ["--seed", str(seed)] if seed is not None else []
     options += ["--output", str(output)] if output is not None else []
@@ -135,12 +136,18 @@ def _listed(text: str) -> list[str]:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face model folder, or Megatron checkpoint folder.")],
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, Megatron checkpoint folder, or Org/Name.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     to: Annotated[Format, typer.Option("--to", help="Format of OUTPUT.")],
+    family: Annotated[
+        str | None, typer.Option("--family", help="The model's family, as in model.family: module:NAME.")
+    ] = None,
 ) -> None:
     """Convert a model between the Hugging Face layout and a Megatron checkpoint."""
-    if not source.is_dir():
+    from megatron_rl.config.hub import local_folder, pin
+
+    source = pin(source, "SOURCE ")
+    if not local_folder(source).is_dir():
         raise ConfigError(f"{source} is not a folder; give a folder with a model or a checkpoint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} already exists and is not an empty folder; choose another output.")
@@ -149,7 +156,7 @@ def convert(
     silence_known_warnings()
     from megatron_rl.convert import hf_to_megatron, megatron_to_hf
 
-    (megatron_to_hf if to is Format.hf else hf_to_megatron)(str(source), str(output))
+    (megatron_to_hf if to is Format.hf else hf_to_megatron)(source, str(output), family)
 
 
 @app.command("config")
@@ -192,9 +199,10 @@ def bench_speculative(
 ) -> None:
     """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
     from megatron_rl.config import load_config
+    from megatron_rl.config.hub import pin_model
     from megatron_rl.drafting.bench import run_speculative
 
-    settings = load_config(config, overrides or [])
+    settings = pin_model(load_config(config, overrides or []))
     if quick:
         batches, tokens, repetitions = "1,32", min(tokens or settings.rollout.max_tokens, 48), 2
     run_speculative(settings, batches, tokens, repetitions, json, quick)
@@ -250,8 +258,9 @@ def profile_quantization(
     """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
     from megatron_rl.calibration.profile import profile
     from megatron_rl.config import load_config
+    from megatron_rl.config.hub import pin_model
 
-    settings = load_config(config, overrides or [])
+    settings = pin_model(load_config(config, overrides or []))
     profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)
 
 
@@ -320,8 +329,12 @@ def launch_slurm(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Nodes.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node.")] = 8,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Nodes; default: as few as the experiment needs.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus-per-node", help="GPUs of a node; default: as few as it needs, 8 at most.")
+    ] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100-80, h100 or h200.")] = "h100",
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", help="Mean length of prompts; default: half the limit.")
@@ -332,11 +345,11 @@ def plan(
 ) -> None:
     """Show what the experiment needs on GPUs: memory by part, pipeline, weight sync, expected speed and its limit."""
     from megatron_rl.cluster.plan import plan as print_plan
-    from megatron_rl.cluster.slurm import Job
+    from megatron_rl.cluster.slurm import smallest_job
     from megatron_rl.config import load_config
 
     settings = load_config(config, overrides or [])
-    print_plan(settings, Job(nodes, gpus, gpus), gpu, prompt_tokens, response_tokens)
+    print_plan(settings, smallest_job(settings, nodes, gpus), gpu, prompt_tokens, response_tokens)
 
 
 @app.command()

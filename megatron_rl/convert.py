@@ -11,25 +11,31 @@ from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
 from megatron_rl.trainer.policy import Policy
 
 
-def hf_to_megatron(model: str, output: str) -> None:
+def hf_to_megatron(model: str, output: str, family: str | None = None) -> None:
     """Write the Hugging Face model `model` as a folder that `model.path` accepts, with Megatron weights.
 
-    A folder `output` that exists is replaced.
+    Args:
+        model: a folder, or a name on the hub once it has been downloaded.
+        output: a folder; one that exists is replaced.
+        family: `model.family`.
 
     Raises:
         ConfigError: when `model` has no Hugging Face weights.
     """
     if not has_hf_weights(model):
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
-    policy = _load(model, output)
+    policy = _load(model, output, family)
     write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
     shutdown()
 
 
-def megatron_to_hf(checkpoint: str, output: str) -> None:
+def megatron_to_hf(checkpoint: str, output: str, family: str | None = None) -> None:
     """Write a run's checkpoint (`run_dir/checkpoints/step_...`) or converted folder as a Hugging Face model.
 
-    A folder `output` that exists is replaced.
+    Args:
+        checkpoint: that folder.
+        output: a folder; one that exists is replaced.
+        family: `model.family`.
 
     Raises:
         ConfigError: when `checkpoint` has no Megatron weights.
@@ -38,18 +44,18 @@ def megatron_to_hf(checkpoint: str, output: str) -> None:
         raise ConfigError(
             f"{checkpoint!r} has no megatron/metadata.json; give a checkpoint folder such as step_000020."
         )
-    policy = _load(checkpoint, output)
+    policy = _load(checkpoint, output, family)
     export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output))
     shutdown()
 
 
-def _load(model: str, output: str) -> Policy:
-    hf = read_hf_config(model)
+def _load(model: str, output: str, family: str | None) -> Policy:
+    hf = read_hf_config(model, family)
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     precision = "fp32" if stored == "float32" else "bf16"
     config = Config.model_validate(
         {
-            "model": {"path": model, "precision": precision},
+            "model": {"path": model, "family": family, "precision": precision},
             # Nothing is generated, so no length can be too long for the model.
             "data": {"max_prompt_tokens": 1},
             "rollout": {"max_tokens": 1},
@@ -58,5 +64,5 @@ def _load(model: str, output: str) -> Policy:
     )
     check_layout(config, hf)
     runtime = initialize(config)
-    arch = Architecture.from_folder(model)
+    arch = Architecture.from_folder(model, family)
     return Policy(config, runtime, arch, arch.vocab_size, temperature=1.0)

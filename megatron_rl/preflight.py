@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_rl.config import Config, ConfigError, save_config
+from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
@@ -33,9 +36,11 @@ def begin(config: Config, runtime: Runtime) -> Start:
     """Check the experiment, save its resolved config (on the driver), and read the model folder.
 
     Raises:
-        ConfigError: when the config does not fit the model, the number of processes or an earlier run.
+        ConfigError: when the config does not fit the model, the number of processes or an earlier run, and when the
+            processes do not have the same model.
     """
-    check_layout(config, read_hf_config(config.model.path), runtime.world_size)
+    _check_same_model(config, runtime)
+    check_layout(config, read_hf_config(config.model.path, config.model.family), runtime.world_size)
     resumed = step_to_resume(config)
     if runtime.is_driver:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -45,20 +50,30 @@ def begin(config: Config, runtime: Runtime) -> Start:
             )
         save_config(config, Path(config.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
-    arch = Architecture.from_folder(config.model.path)
+    arch = Architecture.from_folder(config.model.path, config.model.family)
     return Start(tokenizer, arch, min(len(tokenizer), arch.vocab_size), resumed)
 
 
+def _check_same_model(config: Config, runtime: Runtime) -> None:
+    """Each node has looked up a name on the hub by itself, and a branch may have moved, or a cache be old."""
+    paths: list[str] = [""] * runtime.world_size
+    torch.distributed.all_gather_object(paths, config.model.path, group=runtime.control_group)
+    if len(found := sorted(set(paths))) > 1:
+        raise ConfigError(
+            f"the trainer processes have different models, {' and '.join(found)}; name the commit in model.path."
+        )
+
+
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer.
+    """The tokenizer of the model `path`, a folder or a name on the hub.
 
     Raises:
-        ConfigError: when `path` has none.
+        ConfigError: when it has none.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(local_folder(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
 

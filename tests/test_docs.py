@@ -19,6 +19,9 @@ WITH_OTHER_KEYS = ("CHANGELOG.md", "docs/from-other-frameworks.md")
 """Pages that name keys of old versions or of others; the latter has a test of its own in `tests/examples/`."""
 FOLDERS = "megatron_rl|rollout|drafter|csrc|configs|launch|docs|benchmarks|tests|examples"
 
+SUFFIXES = (".py", ".json", ".safetensors", ".yaml")
+"""Of files whose names begin like keys."""
+
 LINK = re.compile(r"\[[^\[\]]*\]\(([^()\s:#]*)(?:#([^()\s]*))?\)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w./*-]*[\w*/])")
@@ -81,7 +84,7 @@ def test_keys_in_backticks_are_in_the_schema(name: str) -> None:
     unknown = []
     for code in _inline_code(name):
         match = quoted.fullmatch(code)
-        if match and not code.endswith(".py") and not _is_key(match.group(1) + match.group(2)):
+        if match and not code.endswith(SUFFIXES) and not _is_key(match.group(1) + match.group(2)):
             unknown.append(code)
     assert unknown == []
 

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drafter.eagle import rope
 from drafter.eagle.packed_rows import sequence_numbers
-from drafter.eagle.rope import inverse_frequencies, rotate
 from drafter.eagle.vocabulary import DraftVocabulary
 
 
@@ -60,7 +60,7 @@ class HeadConfig:
             raise ValueError("An eagle head reads the final hidden state and proposes from the whole vocabulary.")
         if self.kind == "eagle3" and (not self.aux_layers or list(self.aux_layers) != sorted(set(self.aux_layers))):
             raise ValueError(f"aux_layers={self.aux_layers} have to ascend: vLLM passes each depth once, in order.")
-        inverse_frequencies(self.rope, self.head_dim)
+        rope.inverse_frequencies(self.rope, self.head_dim)
 
     @classmethod
     def for_policy(
@@ -85,17 +85,9 @@ class HeadConfig:
             draft_vocab_size=draft_vocab_size or hf["vocab_size"],
             aux_layers=default_aux_layers(hf["num_hidden_layers"]) if kind == "eagle3" else (),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=rope_of(hf),
+            rope=rope.parameters(hf),
             max_positions=hf.get("max_position_embeddings", 2048),
         )
-
-
-def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding that a `config.json` of transformers 4 or 5 describes, in the names of version 5."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    return rope
 
 
 def default_aux_layers(policy_layers: int) -> tuple[int, ...]:
@@ -211,7 +203,7 @@ class UnrolledDrafts:
         self._state = head.fuse(hidden_states.to(self._dtype))
         config = head.config
         self._cache = _AttentionCache(
-            frequencies=inverse_frequencies(config.rope, config.head_dim).to(numbers.device),
+            frequencies=rope.inverse_frequencies(config.rope, config.head_dim).to(numbers.device),
             positions=positions - cu_seqlens[numbers],
             mask=(numbers[:, None] == numbers[None, :]) & (positions[:, None] >= positions[None, :]),
             keys=[],
@@ -298,9 +290,9 @@ class _Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         positions = cache.positions + len(cache.keys)
-        cache.keys.append(rotate(key, positions, cache.frequencies))
+        cache.keys.append(rope.rotate(key, positions, cache.frequencies))
         cache.values.append(value)
-        mixed = attend(rotate(query, positions, cache.frequencies), cache.keys, cache.values, cache.mask)
+        mixed = attend(rope.rotate(query, positions, cache.frequencies), cache.keys, cache.values, cache.mask)
         out: Tensor = self.o_proj(mixed.transpose(0, 1).flatten(1))
         return out
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drafter.eagle.head import EagleHead, HeadConfig, default_aux_layers, rope_of
+from drafter.eagle import rope
+from drafter.eagle.head import EagleHead, HeadConfig, default_aux_layers
 from drafter.eagle.vocabulary import DraftVocabulary
 
 _ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle": "EagleLlamaForCausalLM"}
@@ -195,7 +196,7 @@ def _read_config(file: Path, policy_layers: int | None) -> HeadConfig:
             draft_vocab_size=(hf.get("draft_vocab_size") if kind == "eagle3" else None) or hf["vocab_size"],
             aux_layers=tuple(layers) if kind == "eagle3" else (),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=rope_of(hf),
+            rope=rope.parameters(hf),
             max_positions=hf.get("max_position_embeddings", 2048),
             init_std=hf.get("initializer_range", 0.02),
         )

@@ -8,6 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding that a `config.json` of transformers 4 or 5 describes, in the names of version 5."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
+
+
 def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Float[Tensor, "half_head_dim"]:
     """float32 inverse frequencies in radians per position, with linear or llama3 scaling applied.
 

@@ -12,6 +12,7 @@ from torch.nn import Linear, Module
 from megatron_rl.calibration.profile_file import LayerProfile, check_output, profile_table, write_profile
 from megatron_rl.calibration.smoothquant import Settings, from_checkpoint, layer_name, losses, search
 from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.weights import has_hf_weights, tensor_files
@@ -65,13 +66,13 @@ def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, q
 
     check_output(output)
     uncalibrated = {"rollout": config.rollout.model_copy(update={"quantization_profile": None})}  # it may not exist yet
-    check_layout(config.model_copy(update=uncalibrated), read_hf_config(config.model.path))
+    check_layout(config.model_copy(update=uncalibrated), read_hf_config(config.model.path, config.model.family))
     if not has_hf_weights(config.model.path):
         raise ConfigError(f"model.path={config.model.path!r} has no *.safetensors; give a folder with them.")
     texts = _texts(config, prompts, rollouts)
     checkpoint = None if quantized is None else QuantizedCheckpoint(quantized)
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(local_folder(config.model.path), dtype=dtype)
     layers: Layers = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, Linear):

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, ConfigError
+from megatron_rl.config.families import scratch_config
+from megatron_rl.config.hub import pin_model
 from megatron_rl.config.model_fit import check_layout, read_hf_config
-from megatron_rl.config.sections import ScratchModelConfig
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -45,10 +46,13 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
     Raises:
         ConfigError: when the experiment cannot run as configured.
     """
+    named, config = config.model.path, pin_model(config)
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
         return _run_here(config, command, run)
     check_experiment(config, command)
     program = ["-m", "megatron_rl.cli", *command.split(), *arguments]
+    if config.model.path != named:  # the trainer processes take the same commit
+        program.append(f"model.path={config.model.path}")
     task = slurm_task(os.environ)
     if task is not None:
         environment = process_environment(config, int(task["LOCAL_WORLD_SIZE"]), {**os.environ, **task})
@@ -69,9 +73,9 @@ def check_experiment(config: Config, command: str) -> None:
         ConfigError: naming the key and the remedy.
     """
     if command == "sft" and config.model.scratch is not None and not (Path(config.model.path) / "config.json").exists():
-        check_layout(config, scratch_layout(config.model.scratch))
+        check_layout(config, scratch_config(config.model.scratch))
     else:
-        check_layout(config, read_hf_config(config.model.path))
+        check_layout(config, read_hf_config(config.model.path, config.model.family))
     if command != "sft" and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed; install megatron-rl[cpu] or, with GPUs, megatron-rl[cuda].")
     check_extensions(config, command)
@@ -99,18 +103,6 @@ def check_extensions(config: Config, command: str) -> None:
         from megatron_rl.algorithms import load_algorithm
 
         load_algorithm(config.algorithm)
-
-
-def scratch_layout(scratch: ScratchModelConfig) -> dict[str, object]:
-    """The part of `config.json` that decides the layout, for a model that does not exist yet."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "num_attention_heads": scratch.heads,
-        "num_key_value_heads": scratch.kv_heads,
-        "num_hidden_layers": scratch.layers,
-        "intermediate_size": scratch.ffn_hidden_size,
-        "max_position_embeddings": scratch.max_positions,
-    }
 
 
 def process_environment(config: Config, processes_per_node: int, user: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl.cluster.model_shape import read_model_shape
 from megatron_rl.cluster.plan_memory import (
     EngineMemory,
     Memory,
@@ -23,7 +24,7 @@ from megatron_rl.cluster.plan_speed import (
 )
 from megatron_rl.cluster.slurm import Job, describe, node_roles
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.model_fit import check_layout, read_hf_config
+from megatron_rl.config.model_fit import check_layout
 from megatron_rl.models.architecture import Architecture
 
 GIB = 2**30
@@ -48,10 +49,10 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
     if job.gpus_per_node == 0:
         raise ConfigError("--gpus-per-node 0: a plan is about GPUs; give at least 1.")
     gpu, roles = GPUS[gpu_name], node_roles(config, job)
-    hf = read_hf_config(config.model.path)
+    hf = read_model_shape(config)
     world = roles.trainers * job.gpus_per_node
     check_layout(config, hf, world)
-    arch = Architecture.from_hf(hf)
+    arch = Architecture.from_hf(hf, config.model.family)
     load = Workload(
         prompt_tokens or config.data.max_prompt_tokens * DEFAULT_SHARE,
         response_tokens or config.rollout.max_tokens * DEFAULT_SHARE,
@@ -62,7 +63,7 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
     size = f"{model_parameters(arch) / 1e9:.2f} B parameters"
     if arch.experts:
         size += f", {active_parameters(arch) / 1e9:.2f} B active"
-    out.print(f"{size}; {describe(config, job, roles)}", soft_wrap=True)
+    out.print(f"{size}; {describe(config, job, roles)}; {job.gpus_per_node} GPUs per node", soft_wrap=True)
     out.print(
         f"per step {load.sequences} sequences of {load.prompt_tokens:.0f} + {load.response_tokens:.0f} tokens (mean)"
     )

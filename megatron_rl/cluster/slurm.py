@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.cluster.model_shape import read_model_shape
 from megatron_rl.config import Config, ConfigError
-from megatron_rl.config.model_fit import check_layout, read_hf_config
+from megatron_rl.config.model_fit import check_layout, check_world_size
 
 BODY = Path(__file__).with_suffix(".sh")
 RAY_TIMEOUT_S = 300
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,33 @@ def node_roles(config: Config, job: Job) -> Nodes:
     return Nodes(job.nodes - needed, needed)
 
 
+def smallest_job(config: Config, nodes: int | None = None, gpus: int | None = None) -> Job:
+    """The fewest GPUs, in nodes of at most eight, that the experiment fits; what is given stays.
+
+    Engines on nodes of their own get as many nodes of trainers beside them, unless `parallel.dp_size` says how many
+    there are. Where nothing fits it is the job whose checks say why.
+    """
+    parallel, rollout = config.parallel, config.rollout
+    engines = rollout.engines * rollout.tp_size
+    trainers = parallel.model_size * (parallel.dp_size or 1)
+    sizes = [gpus] if gpus is not None else [GPUS_PER_NODE]
+    if nodes is None and gpus is None:
+        sizes = list(range(min(max(engines, trainers), GPUS_PER_NODE), GPUS_PER_NODE + 1))
+    for size in filter(None, sizes):
+        needed = math.ceil(engines / size)
+        apart = rollout.placement == "separate"
+        fewest = 2 * needed if apart and parallel.dp_size is None else 1
+        most = fewest + needed + math.ceil(trainers * parallel.ep_size / size)
+        for count in [nodes] if nodes is not None else range(fewest, most + 1):
+            job = Job(count, size, size)
+            try:
+                check_world_size(config, node_roles(config, job).trainers * size)
+            except ConfigError:
+                continue
+            return job
+    return Job(nodes or 1, sizes[-1], sizes[-1])
+
+
 def render(config: Config, job: Job, arguments: Sequence[str], workdir: Path) -> str:
     """The sbatch file.
 
@@ -104,7 +133,7 @@ def render(config: Config, job: Job, arguments: Sequence[str], workdir: Path) ->
         ConfigError: when the experiment does not fit the nodes.
     """
     roles = node_roles(config, job)
-    check_layout(config, read_hf_config(config.model.path), roles.trainers * job.processes_per_node)
+    check_layout(config, read_model_shape(config), roles.trainers * job.processes_per_node)
     run_dir = (workdir / config.run_dir).resolve()
     separate = config.rollout.placement == "separate"
     gpus = str(job.gpus_per_node) if job.gpus_per_node else ""

@@ -1,17 +1,15 @@
 """Checks across keys, and against the model's own `config.json`, made before any process group or engine starts."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.families import COMPUTED, find_family
+from megatron_rl.config.hub import local_folder
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import Config
-
-MIXTURE = "Qwen3MoeForCausalLM"
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", MIXTURE)
 
 
 def _check_profile(config: "Config") -> None:
@@ -26,17 +24,22 @@ def _check_profile(config: "Config") -> None:
         )
 
 
-def read_hf_config(path: str) -> dict[str, Any]:
-    """The model's `config.json` as a dict.
+def read_hf_config(path: str, family: str | None = None) -> dict[str, Any]:
+    """The model's `config.json` as a dict, by the names that its family has in common with the others.
+
+    Args:
+        path: the model's folder, or its name on the hub once it has been downloaded.
+        family: `model.family`.
 
     Raises:
-        ConfigError: when the folder or file is missing or is not JSON.
+        ConfigError: when the folder or file is missing or is not JSON, or the model is of no family.
     """
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
+    folder = local_folder(path)
+    file = folder / "config.json"
+    if not folder.is_dir():
         raise ConfigError(
-            f"model.path={path!r} is not a folder; give a folder with a Hugging Face model, or make one with "
-            "`megatron-rl sft`."
+            f"model.path={path!r} is not a folder; give one with a Hugging Face model, a model's name on the hub such "
+            "as Qwen/Qwen3-8B, or make one with `megatron-rl sft`."
         )
     try:
         content: dict[str, Any] = json.loads(file.read_text())
@@ -44,7 +47,7 @@ def read_hf_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"model.path={path!r} has no config.json; it must hold a Hugging Face model.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}).") from None
-    return content
+    return find_family(content, family, path).standard(content)
 
 
 def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = None) -> None:
@@ -53,11 +56,9 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
     Raises:
         ConfigError: naming the keys and the remedy.
     """
-    architecture = (hf.get("architectures") or ["?"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise ConfigError(
-            f"model.path={config.model.path!r} is a {architecture}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
+    family = find_family(hf, config.model.family, config.model.path)
+    hf = family.standard(hf)
+    _check_computed(config, hf)
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads", heads)
     layers = hf["num_hidden_layers"]
@@ -67,7 +68,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             raise ConfigError(
                 f"parallel.tp_size={tp} does not divide the model's {name}={count}; choose a divisor of {count}."
             )
-    if architecture != MIXTURE and hf["intermediate_size"] % tp:
+    if not family.mixture and hf["intermediate_size"] % tp:
         raise ConfigError(
             f"parallel.tp_size={tp} does not divide the model's intermediate_size={hf['intermediate_size']}; "
             "choose a divisor."
@@ -89,7 +90,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
         )
     skip_patterns(config.rollout.quantization_skip, layers)
-    check_experts(config, hf)
+    _check_experts(config, hf, family.mixture)
     _check_profile(config)
     if world_size is not None:
         check_world_size(config, world_size)
@@ -128,18 +129,24 @@ def check_world_size(config: "Config", world_size: int) -> None:
         )
 
 
-def expert_count(hf: dict[str, Any]) -> int:
-    """Experts of each layer of a mixture, by its `config.json` of transformers 4 or 5."""
-    return int(hf.get("num_experts") or hf["num_local_experts"])
+def _check_computed(config: "Config", hf: dict[str, Any]) -> None:
+    for key, value in COMPUTED.items():
+        if hf.get(key, value) != value:
+            raise ConfigError(
+                f"model.path={config.model.path!r} has {key}={hf[key]!r} in its config.json, but the trainer computes "
+                f"{value!r} only; use another model."
+            )
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    window = hf.get("sliding_window")
+    if window and hf.get("use_sliding_window", True) and window < longest:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's sliding_window={window}, "
+            "beyond which the trainer's attention is not the model's; lower one of them."
+        )
 
 
-def check_experts(config: "Config", hf: dict[str, Any]) -> None:
-    """Do the keys about experts fit the model? `hf` is its `config.json`, of a supported architecture.
-
-    Raises:
-        ConfigError: naming the keys and the remedy.
-    """
-    if hf["architectures"][0] == MIXTURE:
+def _check_experts(config: "Config", hf: dict[str, Any], mixture: bool) -> None:
+    if mixture:
         _check_model(config, hf)
         _check_training(config)
         _check_engines(config)
@@ -156,7 +163,7 @@ def check_experts(config: "Config", hf: dict[str, Any]) -> None:
 
 
 def _check_model(config: "Config", hf: dict[str, Any]) -> None:
-    experts, ep, tp = expert_count(hf), config.parallel.ep_size, config.rollout.tp_size
+    experts, ep, tp = int(hf["num_experts"]), config.parallel.ep_size, config.rollout.tp_size
     if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
         raise ConfigError(
             f"model.path={config.model.path!r} mixes dense layers with mixtures of experts (mlp_only_layers or "

@@ -32,8 +32,12 @@ class ModelConfig(Section):
     """The policy."""
 
     path: str
-    """Folder with a Llama, Qwen2, Qwen3 or Qwen3-MoE model: Hugging Face files, or a checkpoint or converted folder of
-    ours."""
+    """A Llama, Qwen2, Qwen3 or Qwen3-MoE model: a folder with Hugging Face files, a checkpoint or converted folder of
+    ours, or a name on the Hugging Face hub, `Org/Name` or `Org/Name@revision`. What the run downloads goes to the hub's
+    cache (HF_HOME) of each node; `run_dir/config.yaml` keeps the commit."""
+    family: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """For a model of another architecture of the same kind: `module:NAME` of a `ModelFamily` of yours, which says what
+    differs (`megatron_rl/config/families.py`, `examples/model_family`); vLLM has to know the architecture."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
     scratch: ScratchModelConfig | None = None

@@ -45,7 +45,7 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
     Raises:
         ConfigError: when the model cannot be used.
     """
-    vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # type: ignore[call-overload]
+    vocab_size = int(read_hf_config(config.model.path, config.model.family)["vocab_size"])  # type: ignore[call-overload]
     vocab_limit = min(len(load_tokenizer(config.model.path)), vocab_size)
     environment = engine_environment(config, vocab_limit)
     environment = dataclasses.replace(

@@ -53,7 +53,7 @@ def folder_for_engines(config: Config) -> str:
 
 def _given_head(config: Config) -> EagleHead:
     assert config.drafter.path is not None
-    hf = read_hf_config(config.model.path)
+    hf = read_hf_config(config.model.path, config.model.family)
     try:
         head = load_head(config.drafter.path, hf["num_hidden_layers"])
     except ValueError as error:
@@ -72,7 +72,10 @@ def _new_head(config: Config, vocabulary: DraftVocabulary | None) -> EagleHead:
     size = len(vocabulary.token_ids) if vocabulary is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return EagleHead(HeadConfig.for_policy(read_hf_config(config.model.path), settings.kind, size), vocabulary)
+        return EagleHead(
+            HeadConfig.for_policy(read_hf_config(config.model.path, config.model.family), settings.kind, size),
+            vocabulary,
+        )
 
 
 def _check(config: Config, head: HeadConfig, hf: dict[str, int]) -> None:

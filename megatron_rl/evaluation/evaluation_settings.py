@@ -9,22 +9,23 @@ from pydantic import ValidationError
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.heldout_sets import set_name
 from megatron_rl.config.history import HistoryConfig
+from megatron_rl.config.hub import is_hub_name, local_folder, pin, split_name
 from megatron_rl.config.load import describe
 from megatron_rl.evaluation.results import file_name
 
 
 def for_evaluation(
-    config: Config, checkpoint: Path | None, sets: Sequence[str], seed: int | None, output: Path | None
+    config: Config, checkpoint: str | Path | None, sets: Sequence[str], seed: int | None, output: Path | None
 ) -> Config:
     """The experiment as `run` wants it: another policy, sets and seed, and `run_dir` the folder of the results.
 
-    The default folder is `run_dir/eval/<name of the checkpoint's folder>`.
+    The default folder is `run_dir/eval/<name of the checkpoint's folder>`, of a model on the hub `<Name>@<commit>`.
 
     Raises:
         ConfigError: when the checkpoint is not a model, the sets or the drafter cannot be used.
     """
-    path = str(checkpoint) if checkpoint is not None else config.model.path
-    if checkpoint is not None and weights_file(checkpoint) is None:
+    path = pin(str(checkpoint), "--checkpoint ") if checkpoint is not None else config.model.path
+    if checkpoint is not None and weights_file(local_folder(path)) is None:
         raise ConfigError(
             f"--checkpoint {checkpoint} holds neither *.safetensors nor megatron/metadata.json; give a folder such as "
             "run_dir/checkpoints/step_000020, run_dir/best or run_dir/hf."
@@ -37,7 +38,7 @@ def for_evaluation(
         # There are no earlier responses; best and schedule may name other sets.
         "rollout": config.rollout.model_copy(update={"history": HistoryConfig()}),
         "eval": config.eval.model_copy(update={"best": None, "schedule": {}}),
-        "run_dir": str(output or Path(config.run_dir) / "eval" / Path(path).resolve().name),
+        "run_dir": str(output or Path(config.run_dir) / "eval" / _folder_name(path)),
     }
     try:
         evaluated = Config.model_validate(config.model_copy(update=changed).model_dump())
@@ -49,6 +50,13 @@ def for_evaluation(
     if len({file_name(name) for name in names}) < len(names):
         raise ConfigError(f"--sets {','.join(names)}: two sets would write the same file; evaluate them separately.")
     return evaluated
+
+
+def _folder_name(path: str) -> str:
+    if not is_hub_name(path):
+        return Path(path).resolve().name
+    repo, commit = split_name(path)
+    return repo.partition("/")[2] + (f"@{commit[:8]}" if commit else "")
 
 
 def _drafter(config: Config) -> str | None:
@@ -72,9 +80,10 @@ def weights_file(folder: Path) -> Path | None:
 def settings(config: Config) -> dict[str, Any]:
     """What the results depend on, apart from the sets; quantization and precision are part of it, speed is not."""
     rollout = config.rollout
-    file = weights_file(Path(config.model.path))
+    path = config.model.path
+    file = weights_file(Path(path))  # a commit on the hub cannot change
     return {
-        "checkpoint": str(Path(config.model.path).resolve()),
+        "checkpoint": path if is_hub_name(path) else str(Path(path).resolve()),
         "weights saved at": file.stat().st_mtime if file is not None else None,
         "model.precision": config.model.precision,
         "train.seed": config.train.seed,

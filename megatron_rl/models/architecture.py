@@ -1,6 +1,5 @@
-"""What a Hugging Face `config.json` says about a Llama, Qwen2, Qwen3 or Qwen3-MoE model."""
+"""What a Hugging Face `config.json` says about a model of one of the families (`megatron_rl.config.families`)."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from megatron_rl.config.model_fit import MIXTURE, expert_count
+from drafter.eagle import rope
+from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.families import LLAMA, ModelFamily, find_family
+from megatron_rl.config.model_fit import read_hf_config
 
 
 @dataclass(frozen=True)
@@ -37,67 +39,70 @@ class Architecture:
     experts_per_token: int = 0
     normalize_experts: bool = True
     """The weights of a token's experts add up to 1."""
+    family: ModelFamily = LLAMA
+    """Here it names the tensors in files; all else that it decides is in the other fields."""
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Architecture":
-        """Read `path/config.json`."""
-        return cls.from_hf(json.loads((Path(path) / "config.json").read_text()))
+    def from_folder(cls, path: str | Path, family: str | None = None) -> "Architecture":
+        """Read `path/config.json`.
+
+        Args:
+            path: a model folder.
+            family: `model.family`.
+
+        Raises:
+            ConfigError: as `from_hf`, and when the file cannot be read.
+        """
+        return cls.from_hf(read_hf_config(str(path), family), family)
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "Architecture":
-        """From the content of `config.json`, of transformers 4 or 5."""
-        family = hf["architectures"][0]
-        mixture = family == MIXTURE
+    def from_hf(cls, hf: dict[str, Any], family: str | None = None) -> "Architecture":
+        """From the content of `config.json`, of transformers 4 or 5.
+
+        Args:
+            hf: that content.
+            family: `model.family`, None: one of the built-in ones, by the architecture that `hf` names.
+
+        Raises:
+            ConfigError: for a model of no family, and positions that are not supported.
+        """
+        kind = find_family(hf, family)
+        hf = kind.standard(hf)
         heads = hf["num_attention_heads"]
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-        return cls(
+        arch = cls(
             hidden_size=hf["hidden_size"],
             layers=hf["num_hidden_layers"],
             heads=heads,
             kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn_hidden_size=hf["moe_intermediate_size" if mixture else "intermediate_size"],
+            ffn_hidden_size=hf["moe_intermediate_size" if kind.mixture else "intermediate_size"],
             vocab_size=hf["vocab_size"],
             max_positions=hf.get("max_position_embeddings", 2048),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
-            qkv_bias=family == "Qwen2ForCausalLM" or bool(hf.get("attention_bias", False)),
-            qk_norm=family in ("Qwen3ForCausalLM", MIXTURE),
+            qkv_bias=kind.qkv_bias,
+            qk_norm=kind.qk_norm,
             tied=bool(hf.get("tie_word_embeddings", False)),
-            rope=rope,
+            rope=rope.parameters(hf),
             init_std=hf.get("initializer_range", 0.02),
-            experts=expert_count(hf) if mixture else 0,
-            experts_per_token=hf["num_experts_per_tok"] if mixture else 0,
+            experts=int(hf["num_experts"]) if kind.mixture else 0,
+            experts_per_token=hf["num_experts_per_tok"] if kind.mixture else 0,
             normalize_experts=bool(hf.get("norm_topk_prob", False)),
+            family=kind,
         )
+        try:
+            arch.inverse_frequencies()
+        except ValueError as error:
+            raise ConfigError(f"the model's config.json: {error}") from None
+        return arch
 
     def padded_vocab(self, tp_size: int) -> int:
         """Vocabulary rows after padding to a multiple of `tp_size`."""
         return math.ceil(self.vocab_size / tp_size) * tp_size
 
     def inverse_frequencies(self) -> Float[torch.Tensor, "half_head_dim"]:
-        """RoPE inverse frequencies, float32 [head_dim / 2], with llama3 or linear scaling applied.
-
-        Source: RoFormer (arXiv 2104.09864); the llama3 rule is that of the Llama 3.1 model release.
+        """RoPE inverse frequencies, float32 [head_dim / 2], in radians per position, with their scaling applied.
 
         Raises:
-            ValueError: for a `rope_type` other than default, linear and llama3.
+            ValueError: for a `rope_type` that is not supported.
         """
-        rope = self.rope
-        exponent: torch.Tensor = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponent)
-        kind = rope["rope_type"]
-        if kind == "default":
-            return frequencies
-        if kind == "linear":
-            return frequencies / float(rope["factor"])
-        if kind != "llama3":
-            raise ValueError(f"rope_type {kind!r} is not supported; supported are default, linear and llama3.")
-        # Long wavelengths are stretched by `factor`, short ones kept, and those between interpolated.
-        wavelength = 2 * math.pi / frequencies
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-        smooth = smooth.clamp(0, 1)
-        scaled: torch.Tensor = frequencies * (smooth + (1 - smooth) / rope["factor"])
-        return scaled
+        return rope.inverse_frequencies(self.rope, self.head_dim)

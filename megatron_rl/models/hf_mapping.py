@@ -77,7 +77,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (hidden,)
     if not arch.tied:
         shapes["lm_head.weight"] = (arch.vocab_size, hidden)
-    return shapes
+    return {arch.family.tensor_name(name): shape for name, shape in shapes.items()}
 
 
 def shard_parameters(arch: Architecture, shard: Shard) -> list[Parameter]:
@@ -96,7 +96,12 @@ def shard_parameters(arch: Architecture, shard: Shard) -> list[Parameter]:
         elif not first:
             embedding = _vocabulary(arch, shard, "output_layer.weight", "model.embed_tokens.weight")
             parameters.append(replace(embedding, copy=True))
-    return parameters
+    return [_renamed(parameter, arch) for parameter in parameters] if arch.family.tensors else parameters
+
+
+def _renamed(parameter: Parameter, arch: Architecture) -> Parameter:
+    named = arch.family.tensor_name
+    return replace(parameter, blocks=[replace(block, hf_name=named(block.hf_name)) for block in parameter.blocks])
 
 
 def _feed_forwards(arch: Architecture) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_rl.config import ConfigError
+from megatron_rl.config.hub import local_folder
 from megatron_rl.megatron_patches import checkpointing
 from megatron_rl.models.manifest import write_manifest
 from megatron_rl.models.model_folder import new_model_folder
@@ -23,13 +24,13 @@ def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
     Raises:
         ConfigError: when it cannot be read.
     """
-    contents = _load({"model": model.sharded_state_dict()}, Path(folder))
+    contents = _load({"model": model.sharded_state_dict()}, local_folder(folder))
     model.load_state_dict(contents["model"])
 
 
 def has_megatron_weights(folder: str | Path) -> bool:
     """Whether `folder` holds weights in Megatron's format."""
-    return (Path(folder) / "megatron" / "metadata.json").is_file()
+    return (local_folder(folder) / "megatron" / "metadata.json").is_file()
 
 
 def write_model_folder(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rl.config.hub import local_folder
 from megatron_rl.distributed.device import shared_store
 
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
@@ -95,6 +96,6 @@ def _reason(error: BaseException, draft: Path) -> str:
 
 def _copy_model_files(template: str | Path, target: Path) -> None:
     """Copy what makes a folder a Hugging Face model, except the weights: config, tokenizer, chat template."""
-    for path in Path(template).iterdir():
+    for path in local_folder(template).iterdir():
         if path.is_file() and path.suffix in MODEL_FILES and "safetensors" not in path.name:
             shutil.copy(path, target)

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config import ConfigError
+from megatron_rl.config.families import scratch_config
 from megatron_rl.config.sections import ScratchModelConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -41,7 +42,7 @@ def make_scratch_model(path: str | Path, scratch: ScratchModelConfig) -> None:
     tokenizer.save_pretrained(folder)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     _write_json(folder / "generation_config.json", special)
-    _write_json(folder / "config.json", _model_config(scratch, len(tokenizer)) | special)
+    _write_json(folder / "config.json", scratch_config(scratch) | {"vocab_size": len(tokenizer)} | special)
 
 
 def character_tokenizer(max_positions: int) -> PreTrainedTokenizerFast:
@@ -60,31 +61,6 @@ def character_tokenizer(max_positions: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _model_config(scratch: ScratchModelConfig, vocab_size: int) -> dict[str, object]:
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "dtype": "float32",
-        "vocab_size": vocab_size,
-        "hidden_size": scratch.hidden_size,
-        "num_hidden_layers": scratch.layers,
-        "num_attention_heads": scratch.heads,
-        "num_key_value_heads": scratch.kv_heads,
-        "head_dim": scratch.head_dim,
-        "intermediate_size": scratch.ffn_hidden_size,
-        "max_position_embeddings": scratch.max_positions,
-        "tie_word_embeddings": scratch.tie_embeddings,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        # The published 0.02 suits widths of thousands; narrow models learn far slower from it.
-        "initializer_range": round(scratch.hidden_size**-0.5, 4),
-        "use_cache": True,
-    }
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.config import ConfigError
+from megatron_rl.config.hub import local_folder
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_mapping import Block, Parameter, Shard, hf_shapes, local_shape, shard_parameters
 from megatron_rl.models.model_folder import new_model_folder
@@ -58,7 +59,7 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
     Raises:
         ConfigError: when the folder has no safetensors, or a tensor is missing or has another shape.
     """
-    files = tensor_files(Path(folder), "model.path=")
+    files = tensor_files(local_folder(folder), "model.path=")
     shapes = hf_shapes(arch)
     live = _live_parameters(model)
     for parameter in shard_parameters(arch, current_shard()):
@@ -95,9 +96,9 @@ def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
         for block in parameter.blocks:
             name, shape = block.hf_name, shapes[block.hf_name]
             if len(shape) == 1:
-                target[block.local_index] = float(name.endswith("norm.weight"))
+                target[block.local_index] = float(parameter.name.endswith("norm.weight"))
                 continue
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            residual = ".linear_proj." in parameter.name or ".linear_fc2." in parameter.name
             std = arch.init_std / math.sqrt(2 * arch.layers) if residual else arch.init_std
             key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
@@ -106,8 +107,8 @@ def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
 
 
 def has_hf_weights(folder: str | Path) -> bool:
-    """Whether `folder` holds safetensors (it may hold a `config.json` only, for a model to train from scratch)."""
-    return any(Path(folder).glob("*.safetensors"))
+    """Whether a model (a folder, or a name on the hub) has safetensors; one to train from scratch has none."""
+    return any(local_folder(folder).glob("*.safetensors"))
 
 
 def tensor_files(folder: Path, key: str) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_rl.config import ConfigError
+from megatron_rl.config.hub import local_folder, pin
 from rollout.speculation.head_weights import PackedHead
 from rollout.speculation.speculation_settings import LearnedSpeculation, SpeculationSettings
 from rollout.types import RequestExtras, Rollout, RolloutRequest, SpeculationCounts, TimelineStep, TokenSource
@@ -59,13 +60,14 @@ class RolloutEngine:
         """Load the model; returns how many requests can run at the same time.
 
         Raises:
-            ConfigError: vLLM refuses an option.
+            ConfigError: vLLM refuses an option, or the model is missing.
             Exception: whatever else vLLM raises.
         """
         from vllm import EngineArgs, LLMEngine
 
+        model = str(local_folder(pin(self._arguments["model"])))  # each node has its own copy of a model on the hub
         try:
-            engine_config = EngineArgs(**self._arguments).create_engine_config()
+            engine_config = EngineArgs(**self._arguments | {"model": model}).create_engine_config()
         except ValidationError as error:
             reasons = "; ".join(part["msg"] for part in error.errors())
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None

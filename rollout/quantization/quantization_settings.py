@@ -87,7 +87,7 @@ def quantization_arguments(config: Config, engine: int, model_path: str, dtype: 
     lm_head_fp32 = rollout.lm_head_fp32 and dtype != "float32"
     if precision == "none" and not lm_head_fp32:
         return {}
-    layers = int(read_hf_config(model_path)["num_hidden_layers"])
+    layers = int(read_hf_config(model_path, config.model.family)["num_hidden_layers"])
     profile = rollout.quantization_profile
     if profile is not None and read_quantization_file(profile).quantization != precision:
         profile = None  # it is for other engines of a mixed fleet

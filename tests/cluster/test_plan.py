@@ -1,6 +1,8 @@
 """The plan's arithmetic against published figures and figures worked out by hand, and the GPU experiment files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from megatron_rl.cluster.plan_speed import (
     microbatches,
     step_time,
 )
-from megatron_rl.cluster.slurm import Job, node_roles
+from megatron_rl.cluster.slurm import Job, node_roles, smallest_job
 from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.config.model_fit import check_layout
 from megatron_rl.models.architecture import Architecture
 from tests.gpu_models import QWEN3_8B, QWEN3_17B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_32B
+from tests.hub import fill_cache, hub_environment, hub_server
+from tests.launching import ROOT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPU_FILES = {
@@ -234,6 +238,70 @@ def test_gpu_experiments_fit_their_nodes_of_80_gb(name: str) -> None:
 def test_every_gpu_experiment_file_is_tried() -> None:
     files = {file.stem for file in CONFIGS.glob("qwen*.yaml")}
     assert files == set(GPU_FILES)
+
+
+@pytest.mark.parametrize("name", GPU_FILES)
+def test_a_gpu_experiment_says_how_many_nodes_it_needs(name: str) -> None:
+    assert smallest_job(load_config(CONFIGS / f"{name}.yaml")) == Job(GPU_FILES[name][1], 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sections", "given", "job"),
+    [
+        ({}, (None, None), (1, 1)),
+        ({"parallel": {"tp_size": 2}, "rollout": {"engines": 3}}, (None, None), (1, 4)),
+        ({"parallel": {"dp_size": 24}}, (None, None), (3, 8)),
+        ({"parallel": {"dp_size": 8}, "rollout": {"engines": 8, "placement": "separate"}}, (None, None), (2, 8)),
+        ({"rollout": {"engines": 8, "placement": "separate"}}, (None, None), (2, 8)),
+        ({"rollout": {"engines": 8}}, (None, 4), (2, 4)),
+        ({}, (2, None), (2, 8)),
+        ({}, (3, 2), (3, 2)),
+        # What cannot fit is left to the checks.
+        ({"parallel": {"tp_size": 16}}, (None, None), (1, 8)),
+    ],
+)
+def test_nodes_and_gpus_that_are_not_given_follow_from_the_experiment(
+    sections: dict, given: tuple[int | None, int | None], job: tuple[int, int]
+) -> None:
+    sections = {**sections, "rollout": {"max_tokens": 4096} | sections.get("rollout", {})}
+    found = smallest_job(config(**sections), *given)
+    assert (found.nodes, found.gpus_per_node, found.processes_per_node) == (*job, job[1])
+
+
+SHAPES = """
+import sys
+from megatron_rl.cluster.model_shape import read_model_shape
+from megatron_rl.config import load_config
+for file in sys.argv[1:]:
+    print(read_model_shape(load_config(file))["hidden_size"])
+"""
+
+
+def shapes(environment: dict[str, str], *files: Path) -> list[str]:
+    """Widths of the models of experiments, looked up in a process of its own."""
+    command = [sys.executable, "-c", SHAPES, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_every_gpu_experiment_is_planned_without_its_model_and_a_network(tmp_path: Path) -> None:
+    found = shapes(hub_environment(tmp_path), *(CONFIGS / f"{name}.yaml" for name in GPU_FILES))
+    assert found == [str(shape["hidden_size"]) for shape, _ in GPU_FILES.values()]
+
+
+def test_a_model_of_the_hub_is_planned_by_its_config_alone(tmp_path: Path) -> None:
+    model, file = tmp_path / "files", tmp_path / "own.yaml"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(QWEN3_8B | {"hidden_size": 17}))
+    (model / "model.safetensors").write_text("not read")
+    file.write_text("model: {path: Org/Name}\nrun_dir: r\n")
+    with hub_server({"Org/Name": model}) as (endpoint, requests):
+        assert shapes(hub_environment(tmp_path, endpoint), file) == ["17"]
+        assert not [request for request in requests if "safetensors" in request]
+    assert shapes(hub_environment(tmp_path), file) == ["17"], "it is kept"
+    fill_cache(tmp_path, "Qwen/Qwen3-8B", model)
+    assert shapes(hub_environment(tmp_path), CONFIGS / "qwen3-8b-history.yaml") == ["17"], "a copy here comes first"
 
 
 def test_the_plan_names_every_part_and_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Runs a tiny model under one parallel layout and saves what this rank computed.
 
-layout_worker MODEL PP CP EP RECOMPUTE OUTPUT
+layout_worker MODEL PP CP EP RECOMPUTE OUTPUT [FAMILY]
 """
 
 import sys
@@ -18,11 +18,11 @@ from tests.models.parity_worker import TEMPERATURE, gradients, make_config
 
 
 def main() -> None:
-    model, *sizes, recompute, output = sys.argv[1:]
-    pp, cp, ep = map(int, sizes)
-    config = make_config(Path(model), 1, pp, cp, ep, recompute=recompute)
+    model, pp, cp, ep, recompute, output, *named = sys.argv[1:]
+    family = named[0] if named else None
+    config = make_config(Path(model), 1, int(pp), int(cp), int(ep), family, recompute=recompute)
     runtime = initialize(config)
-    trainer = Trainer(config, runtime, Architecture.from_folder(model), VOCAB, TEMPERATURE)
+    trainer = Trainer(config, runtime, Architecture.from_folder(model, family), VOCAB, TEMPERATURE)
     # An odd number: replicas get different numbers of sequences.
     batch = Batch(*random_sequences(13))
     export_hf(trainer.weights, model, Path(output) / "hf")

@@ -21,10 +21,12 @@ from tests.hf_models import VOCAB, random_sequences
 TEMPERATURE = 0.8
 
 
-def make_config(path: Path, tp: int, pp: int, cp: int = 1, ep: int = 1, **train: object) -> Config:
+def make_config(
+    path: Path, tp: int, pp: int, cp: int = 1, ep: int = 1, family: str | None = None, **train: object
+) -> Config:
     return Config.model_validate(
         {
-            "model": {"path": str(path), "precision": "fp32"},
+            "model": {"path": str(path), "precision": "fp32", "family": family},
             "parallel": {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep},
             "data": {"max_prompt_tokens": 64},
             "rollout": {"max_tokens": 64},

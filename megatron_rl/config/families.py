@@ -1,0 +1,145 @@
+"""Model families: what tells one Llama-like decoder from another, each in one place. Importable without torch.
+
+All families here are decoders of one kind: RMS norms before attention and before a gated SiLU feed-forward layer (or a
+mixture of such layers), grouped queries and rotary positions. An entry says what differs between them. `config.json`
+and the tensors of a layer go by the names of Llama, and of Qwen3-MoE where there are experts; an entry names those that
+are called otherwise.
+
+Another family of this kind is one more entry of `FAMILIES`. Without touching this package it is a `ModelFamily` in a
+module of the user's, which an experiment names by its import path (`examples/model_family` is one):
+
+    model: {path: mistralai/Mixtral-8x7B-v0.1, family: my_package.families:MIXTRAL}
+
+vLLM has to know the architecture, too: the engines load the same `config.json`, and get the trainer's weights under the
+tensors' names in files.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.sections import ScratchModelConfig
+
+COMPUTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""Keys of `config.json` that change what a decoder computes, and the one value that is computed here.
+
+(`attention_bias` adds a bias to the output projection, which megatron-core has together with one in every other layer
+only; the bias of queries, keys and values alone is `ModelFamily.qkv_bias`.)
+"""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What makes a family of models."""
+
+    architecture: str
+    """Its name in `architectures` of `config.json`."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Each head's queries and keys are normed (RMS, one weight per element of a head)."""
+    mixture: bool = False
+    """Every layer has a router and experts in place of one feed-forward layer."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Key of `config.json` by Llama's and Qwen3-MoE's name -> the name that this family uses, where it has not both."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values, by the same names, of keys that its `config.json` leaves out."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Replacements in the names of a layer's tensors: part of Llama's or Qwen3-MoE's name -> this family's part."""
+
+    def standard(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of `config.json` with all that is read here under Llama's and Qwen3-MoE's names."""
+        renamed = {ours: hf[theirs] for ours, theirs in self.keys.items() if theirs in hf}
+        return {**self.defaults, **renamed, **{key: value for key, value in hf.items() if value is not None}}
+
+    def tensor_name(self, name: str) -> str:
+        """The name in this family's files of a tensor that goes by Llama's or Qwen3-MoE's `name`."""
+        if name.startswith("model.layers."):
+            for ours, theirs in self.tensors.items():
+                name = name.replace(ours, theirs)
+        return name
+
+
+LLAMA = ModelFamily("LlamaForCausalLM")
+QWEN2 = ModelFamily("Qwen2ForCausalLM", qkv_bias=True)
+QWEN3 = ModelFamily("Qwen3ForCausalLM", qk_norm=True)
+QWEN3_MOE = ModelFamily(
+    "Qwen3MoeForCausalLM",
+    qk_norm=True,
+    mixture=True,
+    keys={"num_experts": "num_local_experts"},  # as transformers 5 writes it
+)
+FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
+"""The families that need no `model.family`, by architecture."""
+
+
+def find_family(hf: Mapping[str, Any], named: str | None = None, path: str | None = None) -> ModelFamily:
+    """The family of a model.
+
+    Args:
+        hf: content of its `config.json`.
+        named: `model.family`, None: one of `FAMILIES`, by the architecture.
+        path: `model.path`, for messages, where it is known.
+
+    Raises:
+        ConfigError: when `named` is no family or another one, or the architecture is in none.
+    """
+    architecture = (hf.get("architectures") or ["?"])[0]
+    model = "the model" if path is None else f"model.path={path!r}"
+    if named is not None:
+        family = _users_family(named)
+        if family.architecture != architecture:
+            raise ConfigError(
+                f"model.family={named} is for {family.architecture}, but {model} is a {architecture}; "
+                "name another family or leave the key out."
+            )
+        return family
+    if architecture not in FAMILIES:
+        raise ConfigError(
+            f"{model} is a {architecture}; supported are {', '.join(FAMILIES)}, and others of their kind "
+            "that model.family describes."
+        )
+    return FAMILIES[architecture]
+
+
+def _users_family(named: str) -> ModelFamily:
+    module_name, _, name = named.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name, None)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise ConfigError(f"model.family={named}: importing {module_name} failed with {reason}.") from error
+    if not isinstance(found, ModelFamily):
+        raise ConfigError(
+            f"model.family={named}: {module_name} has no {name} that is a megatron_rl.config.families.ModelFamily."
+        )
+    return found
+
+
+def scratch_config(scratch: "ScratchModelConfig") -> dict[str, Any]:
+    """`config.json` of a model that is yet to be made, without what depends on its tokenizer."""
+    return {
+        "architectures": [QWEN3.architecture],
+        "model_type": "qwen3",
+        "dtype": "float32",
+        "hidden_size": scratch.hidden_size,
+        "num_hidden_layers": scratch.layers,
+        "num_attention_heads": scratch.heads,
+        "num_key_value_heads": scratch.kv_heads,
+        "head_dim": scratch.head_dim,
+        "intermediate_size": scratch.ffn_hidden_size,
+        "max_position_embeddings": scratch.max_positions,
+        "tie_word_embeddings": scratch.tie_embeddings,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        # The published 0.02 suits widths of thousands; narrow models learn far slower from it.
+        "initializer_range": round(scratch.hidden_size**-0.5, 4),
+        "use_cache": True,
+    }
