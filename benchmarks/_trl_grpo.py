@@ -1,4 +1,4 @@
-"""GRPO by TRL on a file of prompts; started by `vs_trl.py` in TRL's own environment.
+"""GRPO by TRL on a file of prompts; started by `bench_vs_trl.py` in TRL's own environment.
 
 The JSON file that it writes has, for each step, `seconds`, `tokens` (mean length of the responses) and `reward`.
 """

@@ -18,8 +18,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Arguments, finish, parse_training_arguments, run_command
-from megatron_rl.config import ConfigError
+from _common import finish, parse_training_arguments, run_benchmark, run_command, training_parser
 from megatron_rl.observability.metrics_logger import read_metrics
 
 ACCURACY = "eval/arithmetic-heldout/greedy_accuracy"
@@ -92,18 +91,15 @@ def train(flags: argparse.Namespace, name: str, async_steps: int) -> Run:
 
 def main() -> None:
     """Train, compare, report."""
-    flags = parse_training_arguments(__doc__, "five steps each", "runs/bench-async")
+    flags = parse_training_arguments(training_parser(__doc__, "five steps each", "runs/bench-async"))
     runs = {"synchronous": train(flags, "synchronous", 0), "one step ahead": train(flags, "ahead", 1)}
     sync, ahead = runs.values()
     ratios = {
         "async_vs_sync_step": sync.step / ahead.step,
         "async_accuracy_difference": ahead.accuracy - sync.accuracy,
     }
-    finish(Arguments(flags.quick, flags.json), ratios, [run.row(name) for name, run in runs.items()])
+    finish(flags, ratios, [run.row(name) for name, run in runs.items()])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    run_benchmark(main)

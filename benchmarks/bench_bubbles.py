@@ -239,13 +239,13 @@ def measure_case(case: Case) -> dict[str, Any]:
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(__doc__)
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        raise SystemExit("this benchmark needs 2 cores: on one, no rank is ever idle")
     pairs = 10 if arguments.quick else 40
     cases = [Case(2, False, pairs), Case(4, False, pairs), Case(4, True, pairs)]
     rows = {case.name: measure_case(case) for case in cases}
-    cores = len(os.sched_getaffinity(0))
     chosen = {stages: "computed" if stages <= cores else "timed" for stages in (2, 4)}
-    if cores < 2:
-        raise SystemExit("this benchmark needs 2 cores: on one, no rank is ever idle")
     ratios = {f"bubble_fill_pp{stages}": rows[f"pp{stages}_{kind}"]["fill"] for stages, kind in chosen.items()}
     ratios["filled_vs_unfilled_step"] = max(rows[f"pp{stages}_{kind}"]["cost"] for stages, kind in chosen.items())
     for name, row in rows.items():

@@ -7,11 +7,11 @@ the start and after every few steps four engines generate the same responses wit
 one with n-gram drafts, one with the head as it was warmed up (frozen), one with the head that the run's engines have
 (adaptive). Drafts change no token, so one run stands for all four. Turns alternate; before each one n-gram forgets.
 
-Tokens per second are those of the adaptive rule `model`, with as many requests at once as the run has, each as long as
-it happens to be, so that few are live at the end. Acceptance lengths are tokens per verification with always
+Tokens per second are those of the adaptive rule `thompson`, with as many requests at once as the run has, each as long
+as it happens to be, so that few are live at the end. Acceptance lengths are tokens per verification with always
 `drafter.unroll` drafts.
 
-Ratios: tokens per second of adaptive by those of the others, over all places of measurement but the first; acceptance
+Ratios: tokens per second of adaptive by those of the others, over all measured steps but the first; acceptance
 length of adaptive by that of frozen after the last step, and by its own at the start (`accept_adaptive_vs_start`).
 """
 
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import Arguments, finish, run_command
-from megatron_rl.config import Config, ConfigError, load_config
+from _common import finish, parse_training_arguments, run_benchmark, run_command, training_parser
+from megatron_rl.config import Config, load_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.drafting.bench import PLAIN, Turn, compare, make_requests, start_engine, take_turn
+from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import read_metrics
 from megatron_rl.observability.plots import acceptance_over_steps
 from megatron_rl.preflight import load_tokenizer
@@ -42,8 +43,11 @@ class Point:
     """What was measured with the weights of one step."""
 
     step: int
+    """Of the run; 0 is before it."""
     turns: dict[str, list[Turn]]
+    """Of each variant."""
     heldout_length: float
+    """Tokens per verification that the run measured for its head; NaN where it has not."""
 
     def accepted(self, drafter: str) -> float:
         """Tokens per verification of one head, with always as many drafts."""
@@ -81,7 +85,7 @@ class Contest:
         """One variant's generation."""
         name = variant.removesuffix(ALWAYS)
         always = f"static:eagle:{self._config.drafter.unroll}"
-        rule = PLAIN if name == PLAIN else "model" if name == variant else always
+        rule = PLAIN if name == PLAIN else "thompson" if name == variant else always
         most = self._config.rollout.speculation.max_draft_tokens
         return take_turn(self._engines[name], rule, most, requests, concurrency)
 
@@ -97,16 +101,18 @@ def measure(config: Config, step: int, model: Path, heads: dict[str, Path], roun
     count = config.train.prompts_per_step * config.algorithm.group_size
     lengths = [config.rollout.max_tokens] * count
     contest = Contest(config, model, heads)
-    variants = [PLAIN, NGRAM, *heads, *(head + ALWAYS for head in heads)]
+    variants, warmups = [PLAIN, NGRAM, *heads, *(head + ALWAYS for head in heads)], 1 if rounds == 1 else 2
     try:
-        turns = compare(
-            contest,
-            variants,
-            lambda number: make_requests(prompts, number, lengths, config, config.algorithm.group_size, False),
-            repetitions=rounds,
-            first_round=step * 100,
-            warmups=1 if rounds == 1 else 2,
-        )
+        with Console(enabled=True).phase("measuring", (rounds + warmups) * len(variants)) as phase:
+            turns = compare(
+                contest,
+                variants,
+                lambda number: make_requests(prompts, number, lengths, config, config.algorithm.group_size, False),
+                repetitions=rounds,
+                first_round=step * 100,
+                warmups=warmups,
+                on_turn=lambda variant: phase.advance(note=f"step {step}, {variant}"),
+            )
     finally:
         contest.close()
     return Point(step, turns, heldout)
@@ -120,6 +126,7 @@ def follow(flags: argparse.Namespace, extent: dict[str, int]) -> list[Point]:
         f"drafter={{lr: {flags.lr}, unroll: 4, min_slices: {flags.slices}}}",
         "data.eval=[]",
         f"checkpoint.every={extent['every']}",
+        *flags.override,
     ]
     warm = flags.work / "warm"
     sizes = ["--updates", str(extent["updates"]), "--batches", "2"]
@@ -158,18 +165,11 @@ def row(point: Point) -> dict[str, float | str]:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two steps, one round")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    parser.add_argument("--config", default="configs/arithmetic.yaml", help="experiment (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-drafter"), help="emptied (default: %(default)s)")
+    parser = training_parser(__doc__, "two steps, one round", "runs/bench-drafter")
     parser.add_argument("--png", type=Path, default=Path("drafter.png"), help="lengths by step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="drafter.lr (default: %(default)s)")
     parser.add_argument("--slices", type=int, default=24, help="drafter.min_slices (default: %(default)s)")
-    flags = parser.parse_args()
-    base = Path(load_config(flags.config).model.path)
-    if not (base / "config.json").is_file():
-        raise ConfigError(f"{base} holds no model; run `make demo` first, or name another experiment with --config.")
+    flags = parse_training_arguments(parser)
     points = follow(flags, SHORT if flags.quick else FULL)
     speeds = {
         name: [speed for point in points[1:] for speed in point.speeds(name)] for name in (NGRAM, FROZEN, ADAPTIVE)
@@ -182,14 +182,11 @@ def main() -> None:
         "accept_adaptive_vs_frozen": last.accepted(ADAPTIVE) / last.accepted(FROZEN),
         "accept_adaptive_vs_start": last.accepted(ADAPTIVE) / points[0].accepted(ADAPTIVE),
     }
-    finish(Arguments(flags.quick, flags.json), ratios, [row(point) for point in points])
+    finish(flags, ratios, [row(point) for point in points])
     lengths = {name: [point.accepted(name) for point in points] for name in (FROZEN, ADAPTIVE)}
     acceptance_over_steps([point.step for point in points], lengths, flags.png)
     print(f"acceptance lengths in {flags.png}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    run_benchmark(main)

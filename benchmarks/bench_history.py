@@ -17,8 +17,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Arguments, finish, parse_training_arguments, run_command
-from megatron_rl.config import ConfigError, load_config
+from _common import finish, parse_training_arguments, run_benchmark, run_command, training_parser
+from megatron_rl.config import load_config
 from megatron_rl.observability.metrics_logger import read_metrics
 
 VARIANTS = {
@@ -94,7 +94,8 @@ def train(flags: argparse.Namespace, name: str, extent: dict[str, int]) -> Run:
 
 def main() -> None:
     """Train, compare, report."""
-    flags = parse_training_arguments(__doc__, "fewer prompts and epochs, and no lenience of 0", "runs/bench-history")
+    parser = training_parser(__doc__, "fewer prompts and epochs, and no lenience of 0", "runs/bench-history")
+    flags = parse_training_arguments(parser)
     names = [name for name in VARIANTS if not flags.quick or name != "lenient 0.0"]
     runs = {name: train(flags, name, SHORT if flags.quick else FULL) for name in names}
     off, coupled, lenient = runs["off"], runs["coupled"], runs["lenient 0.5"]
@@ -106,11 +107,8 @@ def main() -> None:
         "lenient_accuracy_difference": lenient.accuracy - off.accuracy,
         "coupled_accuracy_difference": coupled.accuracy - off.accuracy,
     }
-    finish(Arguments(flags.quick, flags.json), ratios, [run.row(name) for name, run in runs.items()])
+    finish(flags, ratios, [run.row(name) for name, run in runs.items()])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    run_benchmark(main)

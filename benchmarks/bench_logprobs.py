@@ -78,10 +78,10 @@ def make_cases(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Callable[
 @torch.inference_mode()
 def main() -> None:
     """Measure and report."""
+    arguments = parse_arguments(__doc__)
     if not shared_environment().items() <= os.environ.items():
         os.environ.update(shared_environment())
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    arguments = parse_arguments(__doc__)
     rows: list[dict[str, Any]] = []
     for count, vocab in QUICK if arguments.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,5 +1,7 @@
 """A batch whose responses have a long-tailed length distribution: plain, fixed numbers of drafts, adaptive speculation.
 
+    python benchmarks/bench_long_tail.py [--quick] [--json FILE]
+
 64 requests of given lengths (log-normal, a few of them very long; see `_model.long_tailed_lengths`) go in together, so
 many are live at first and one or two at the end. The timeline of live requests and chosen arms is written as a PNG.
 The model is the demo's (`make demo`), or the one that `--model` names; `--drafter` adds an EAGLE head.
@@ -11,22 +13,22 @@ from pathlib import Path
 
 import ray
 
-from _common import Arguments, finish
+from _common import benchmark_parser, finish, run_benchmark
 from _model import long_tailed_lengths
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.drafting.bench import PLAIN, SpeculationBench, Turn, compare, speeds
+from megatron_rl.observability.console import Console
 from megatron_rl.observability.plots import speculation_timeline
 from rollout.speculation.eagle import kind_of
 
 REQUESTS = 64
-SAMPLES = 8  # requests per prompt
+SAMPLES = 8
+"""Requests per prompt."""
 
 
-def parse() -> tuple[Arguments, argparse.Namespace]:
+def parse() -> argparse.Namespace:
     """The flags of every benchmark, and this one's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="finish in under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--model", default="runs/arithmetic/hf", help="model folder (default: %(default)s)")
     parser.add_argument("--drafter", metavar="FOLDER", help="EAGLE head of the model, in vLLM's format")
     parser.add_argument("--data", default="arithmetic", help="prompts, as data.train (default: %(default)s)")
@@ -34,8 +36,7 @@ def parse() -> tuple[Arguments, argparse.Namespace]:
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
     parser.add_argument("--quantization", default="none", help="as rollout.quantization (default: %(default)s)")
     parser.add_argument("--png", type=Path, default=Path("long_tail.png"), help="timeline (default: %(default)s)")
-    flags = parser.parse_args()
-    return Arguments(flags.quick, flags.json), flags
+    return parser.parse_args()
 
 
 def build(flags: argparse.Namespace) -> SpeculationBench:
@@ -65,20 +66,23 @@ def _drafters(flags: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure, print, draw."""
-    arguments, flags = parse()
+    flags = parse()
     bench = build(flags)
     lengths = long_tailed_lengths(REQUESTS, flags.longest)
-    lengths_of_drafts = (2, 8) if arguments.quick else (1, 2, 4, 8)
+    lengths_of_drafts = (2, 8) if flags.quick else (1, 2, 4, 8)
     fixed = [f"static:{drafter}:{k}" for drafter in _drafters(flags) for k in lengths_of_drafts]
-    variants = [PLAIN, *fixed, *([] if arguments.quick else ["epsilon_greedy"]), "thompson"]
-    turns = compare(
-        bench,
-        variants,
-        lambda number: bench.requests(number, lengths, SAMPLES),
-        repetitions=2 if arguments.quick else 7,
-        first_round=0,
-        warmups=3,
-    )
+    variants = [PLAIN, *fixed, *([] if flags.quick else ["epsilon_greedy"]), "thompson"]
+    repetitions, warmups = 2 if flags.quick else 7, 3
+    with Console(enabled=True).phase("measuring", (repetitions + warmups) * len(variants)) as phase:
+        turns = compare(
+            bench,
+            variants,
+            lambda number: bench.requests(number, lengths, SAMPLES),
+            repetitions,
+            first_round=0,
+            warmups=warmups,
+            on_turn=lambda variant: phase.advance(note=variant),
+        )
     timeline = ray.get(bench.drafting.call(0, "speculation_timeline"))
     bench.close()
     speculation_timeline(timeline, flags.png)
@@ -88,7 +92,7 @@ def main() -> None:
         "long_tail_adaptive_vs_plain": relative["thompson"],
         "long_tail_adaptive_vs_best_static": relative["thompson"] / best,
     }
-    finish(arguments, ratios, [_row(variant, turns[variant], relative[variant]) for variant in variants])
+    finish(flags, ratios, [_row(variant, turns[variant], relative[variant]) for variant in variants])
     print(f"timeline in {flags.png}; {sum(lengths)} tokens a round, the longest response has {max(lengths)}")
 
 
@@ -105,7 +109,4 @@ def _row(variant: str, turns: list[Turn], relative: float) -> dict[str, float | 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    run_benchmark(main)

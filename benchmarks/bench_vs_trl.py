@@ -25,7 +25,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from _common import ROOT, Arguments, finish, parse_training_arguments, run_command
+from _common import ROOT, finish, parse_training_arguments, run_benchmark, run_command, training_parser
 from megatron_rl.config import Config, ConfigError, load_config
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
@@ -125,7 +125,7 @@ def train_with_ours(config_file: str, overrides: list[str], run_dir: Path, skip:
 
 def main() -> None:
     """Train, compare, report."""
-    flags = parse_training_arguments(__doc__, "fewer steps", "runs/bench-vs-trl")
+    flags = parse_training_arguments(training_parser(__doc__, "fewer steps", "runs/bench-vs-trl"))
     overrides = [
         *LAYOUT,
         f"data.arithmetic.train_size={PROMPTS}",
@@ -147,11 +147,8 @@ def main() -> None:
         runs[name] = train_with_ours(flags.config, [*overrides, *changes], flags.work / name, epoch)
     ratios = {f"{name}_vs_trl_step": runs["TRL"].step / runs[name].step for name in VARIANTS}
     responses = config.train.prompts_per_step * config.algorithm.group_size
-    finish(Arguments(flags.quick, flags.json), ratios, [run.row(name, responses) for name, run in runs.items()])
+    finish(flags, ratios, [run.row(name, responses) for name, run in runs.items()])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    run_benchmark(main)

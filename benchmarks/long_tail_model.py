@@ -1,4 +1,4 @@
-"""Makes a 56 M parameter model and an EAGLE head for `long_tail.py`, from nothing, in an hour on two cores.
+"""Makes a 56 M parameter model and an EAGLE head for `bench_long_tail.py`, from nothing, in an hour on two cores.
 
     python benchmarks/long_tail_model.py
     python benchmarks/bench_long_tail.py --model runs/long-tail/hf --drafter runs/long-tail/drafter \\

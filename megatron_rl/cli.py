@@ -198,8 +198,11 @@ def bench_speculative(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE.")] = None,
 ) -> None:
     """Compare plain decoding with every number of draft tokens and with the adaptive choice, at the same tokens."""
+    from megatron_rl.cluster.launcher import silence_known_warnings
     from megatron_rl.config import load_config
     from megatron_rl.config.hub import pin_model
+
+    silence_known_warnings()
     from megatron_rl.drafting.bench import run_speculative
 
     settings = pin_model(load_config(config, overrides or []))
@@ -256,9 +259,12 @@ def profile_quantization(
     ] = None,
 ) -> None:
     """Measure what int8 does to each layer of `model.path`, and choose smoothing and clipping."""
-    from megatron_rl.calibration.profile import profile
+    from megatron_rl.cluster.launcher import silence_known_warnings
     from megatron_rl.config import load_config
     from megatron_rl.config.hub import pin_model
+
+    silence_known_warnings()
+    from megatron_rl.calibration.profile import profile
 
     settings = pin_model(load_config(config, overrides or []))
     profile(settings, output or Path(settings.run_dir) / "profile.safetensors", prompts, rollouts, quantized)

@@ -8,15 +8,16 @@ from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.megatron_folder import has_megatron_weights, write_model_folder
 from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
+from megatron_rl.observability.console import Console
 from megatron_rl.trainer.policy import Policy
 
 
 def hf_to_megatron(model: str, output: str, family: str | None = None) -> None:
-    """Write the Hugging Face model `model` as a folder that `model.path` accepts, with Megatron weights.
+    """Write a Hugging Face model as a folder that `model.path` accepts, with Megatron weights.
 
     Args:
-        model: a folder, or a name on the hub once it has been downloaded.
-        output: a folder; one that exists is replaced.
+        model: folder of the model, or a name on the hub once it has been downloaded.
+        output: folder to write; one that exists is replaced.
         family: `model.family`.
 
     Raises:
@@ -24,17 +25,19 @@ def hf_to_megatron(model: str, output: str, family: str | None = None) -> None:
     """
     if not has_hf_weights(model):
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
-    policy = _load(model, output, family)
+    policy, console = _load(model, output, family), Console(enabled=True)
+    console.info(f"writing {output}")
     write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
     shutdown()
+    console.info(f"{output} is a model in Megatron's format; use it with model.path={output}")
 
 
 def megatron_to_hf(checkpoint: str, output: str, family: str | None = None) -> None:
-    """Write a run's checkpoint (`run_dir/checkpoints/step_...`) or converted folder as a Hugging Face model.
+    """Write a run's checkpoint or a converted folder as a Hugging Face model.
 
     Args:
-        checkpoint: that folder.
-        output: a folder; one that exists is replaced.
+        checkpoint: `run_dir/checkpoints/step_...`, or what `hf_to_megatron` wrote.
+        output: folder to write; one that exists is replaced.
         family: `model.family`.
 
     Raises:
@@ -44,9 +47,13 @@ def megatron_to_hf(checkpoint: str, output: str, family: str | None = None) -> N
         raise ConfigError(
             f"{checkpoint!r} has no megatron/metadata.json; give a checkpoint folder such as step_000020."
         )
+    console = Console(enabled=True)
+    console.info(f"reading {checkpoint}")
     policy = _load(checkpoint, output, family)
-    export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output))
+    with console.progress("writing") as progress:
+        export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output), progress)
     shutdown()
+    console.info(f"{output} is a model in the Hugging Face format")
 
 
 def _load(model: str, output: str, family: str | None) -> Policy:

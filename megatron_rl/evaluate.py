@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console as Terminal
 from rich.table import Table
+from rich.text import Text
 
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
@@ -19,6 +19,7 @@ from megatron_rl.evaluation.statistics import Estimate, summarize
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.benchmark_results import environment
 from megatron_rl.observability.console import Console
+from megatron_rl.observability.terminal import standard_output
 from megatron_rl.preflight import begin
 from megatron_rl.rewards.score import Scorer
 from megatron_rl.trainer.fleet_start import start_fleet
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-STEP = 0  # seeds are those of an evaluation before training
+STEP = 0
+"""Seeds are those of an evaluation before training."""
 Summaries = dict[str, dict[str, Estimate]]
 """Set -> measure -> estimate."""
 
@@ -119,10 +121,12 @@ def publish(summaries: Summaries, folder: Path) -> None:
     draft = (folder / SUMMARY).with_suffix(".tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     draft.replace(folder / SUMMARY)
-    table = Table("set", "measure", "value", "95 % interval", title="Accuracy")
+    table = Table("set", "measure", title="Accuracy")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
     for name, summary in summaries.items():
         for measure, value in summary.items():
-            table.add_row(name, measure, f"{value.value:.1%}", f"{value.low:.1%} to {value.high:.1%}")
-    terminal = Terminal()
+            table.add_row(Text(name), measure, f"{value.value:.1%}", f"{value.low:.1%} to {value.high:.1%}")
+    terminal = standard_output()
     terminal.print(table)
-    terminal.print(f"results of every problem: {folder}", highlight=False, soft_wrap=True)
+    terminal.print(f"results of every problem: {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -2,10 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from megatron_rl.algorithms import load_algorithm
 from megatron_rl.clock import Clock
@@ -108,19 +106,9 @@ class Experiment:
             self._logger.close()
         self._fleet.shutdown()
 
-    @contextlib.contextmanager
-    def progress(self, name: str) -> Iterator[Progress]:
+    def progress(self, name: str) -> contextlib.AbstractContextManager[Progress]:
         """A console progress line for a pass over micro-batches."""
-        with contextlib.ExitStack() as stack:
-            phase: Any = None
-
-            def report(done: int, total: int) -> None:
-                nonlocal phase
-                if phase is None:
-                    phase = stack.enter_context(self.console.phase(name, total))
-                phase.advance()
-
-            yield report
+        return self.console.progress(name)
 
     def pause_generation(self) -> None:
         """Stop the engines where they generate beside training: what follows needs them."""

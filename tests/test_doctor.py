@@ -3,9 +3,9 @@
 import io
 
 import pytest
-from rich.console import Console as Terminal
 
 from megatron_rl import doctor
+from megatron_rl.observability.terminal import Terminal
 
 
 def test_a_package_that_does_not_load_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

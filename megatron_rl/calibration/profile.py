@@ -1,10 +1,10 @@
 """`megatron-rl quantize profile`: finds out how a model's layers suffer from int8, and what helps."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console as Terminal
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Linear, Module
@@ -17,11 +17,14 @@ from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.weights import has_hf_weights, tensor_files
 from megatron_rl.observability.console import Console
+from megatron_rl.observability.terminal import standard_output
 from megatron_rl.preflight import load_tokenizer
 from megatron_rl.trainer.rollouts_file import read_rollouts
 
-ROWS = 256  # inputs per layer on which errors are measured
+ROWS = 256
+"""Inputs per layer on which errors are measured."""
 PLAIN = Settings(None, 1.0, None)
+"""Without smoothing and clipping."""
 Layers = dict[str, dict[str, Linear]]
 """Projections by their names in the Hugging Face format, by their layers' names in vLLM."""
 _NORMS = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}
@@ -39,8 +42,8 @@ class Inputs:
         """A hook before the layer's forward pass over one sequence, [1, tokens, in]."""
         rows = arguments[0].detach().flatten(0, -2).float()
         self._largest = [torch.stack([rows.abs().amax(0), *self._largest]).amax(0)]
-        places = torch.linspace(0, len(rows) - 1, min(self._rows_per_sequence, len(rows))).round().long()
-        self._rows.append(rows[places])
+        positions = torch.linspace(0, len(rows) - 1, min(self._rows_per_sequence, len(rows))).round().long()
+        self._rows.append(rows[positions])
 
     def largest(self) -> Tensor:
         """Of each input channel, [in] float32."""
@@ -56,13 +59,19 @@ class Inputs:
 def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, quantized: Path | None) -> None:
     """Run texts through `model.path` and write a profile of its layers to `output`; prints a table.
 
-    The texts are the first `prompts` prompts of `data.train`, or whole rollouts from a file. Smoothing and clipping are
-    searched, or taken from `quantized`, a W8A8 checkpoint in the compressed-tensors format.
+    Args:
+        config: the experiment.
+        output: file to write.
+        prompts: texts to run: the first prompts of `data.train`.
+        rollouts: file with rollouts, the first of which are run instead.
+        quantized: a W8A8 checkpoint in the compressed-tensors format, from which smoothing and clipping are taken;
+            None: they are searched.
 
     Raises:
         ConfigError: when the model, the texts, the checkpoint or the place of the output cannot be used.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     check_output(output)
     uncalibrated = {"rollout": config.rollout.model_copy(update={"quantization_profile": None})}  # it may not exist yet
@@ -72,6 +81,8 @@ def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, q
     texts = _texts(config, prompts, rollouts)
     checkpoint = None if quantized is None else QuantizedCheckpoint(quantized)
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(local_folder(config.model.path), dtype=dtype)
     layers: Layers = {}
     for name, module in model.model.named_modules(prefix="model"):
@@ -98,7 +109,7 @@ def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, q
                 vectors[f"{name}.smoothing"] = settings.smoothing.contiguous()
             phase.advance()
     write_profile(output, found, vectors)
-    Terminal().print(profile_table(found))
+    standard_output().print(profile_table(found))
     console.info(f"{output}: {len(found)} layers, {sum(map(len, texts))} tokens; next: megatron-rl quantize setup")
 
 
@@ -119,7 +130,11 @@ class QuantizedCheckpoint:
     """A model in the compressed-tensors format: int8 weights, with a scale per output channel."""
 
     def __init__(self, folder: Path) -> None:
-        """Find its tensors; raises ConfigError when it has none, or is quantized in another way."""
+        """Find its tensors.
+
+        Raises:
+            ConfigError: when it has none, or is quantized in another way.
+        """
         self._folder = folder
         self._files = tensor_files(folder, "--quantized ")
         if not any(name.endswith("_proj.weight_scale") for name in self._files):
@@ -128,7 +143,11 @@ class QuantizedCheckpoint:
             )
 
     def quantizes(self, parts: list[str]) -> bool:
-        """Whether it holds these projections in int8; raises ConfigError for another format."""
+        """Whether it holds these projections in int8.
+
+        Raises:
+            ConfigError: for another format.
+        """
         scaled = [f"{part}.weight_scale" in self._files for part in parts]
         if not any(scaled):
             return False
@@ -142,7 +161,17 @@ class QuantizedCheckpoint:
         return True
 
     def settings(self, layer: str, parts: list[str], weight: Tensor, model: Any) -> Settings:
-        """Smoothing and clipping of a layer, by comparison with the unquantized `weight` [out, in] and `model`."""
+        """Smoothing and clipping of a layer, by comparison with the unquantized model.
+
+        Args:
+            layer: its name in vLLM.
+            parts: the names of its projections.
+            weight: theirs in one, unquantized, float32 [out, in].
+            model: the unquantized model in the Hugging Face format.
+
+        Raises:
+            ConfigError: when the checkpoint is of another model.
+        """
         levels = torch.cat([self._tensor(f"{part}.weight") for part in parts])
         if levels.shape != weight.shape:
             raise ConfigError(f"--quantized {self._folder} is another model: {layer} has the shape {[*levels.shape]}.")

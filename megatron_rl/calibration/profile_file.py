@@ -30,14 +30,21 @@ class LayerProfile:
     plain: Losses
     """In int8 without smoothing and clipping."""
     chosen: Losses
+    """In int8 with what was chosen."""
     alpha: float | None
+    """See `Settings`."""
     clip: float
+    """See `Settings`."""
     kept: bool
     """The quantized checkpoint that was compared with does not quantize this layer."""
 
 
 def check_output(file: Path) -> None:
-    """Raise ConfigError when vectors written beside `file` would be taken for a model's weights."""
+    """Refuse a place where vectors written beside `file` would be taken for a model's weights.
+
+    Raises:
+        ConfigError: when it is one.
+    """
     if (file.parent / "config.json").exists():
         raise ConfigError(
             f"--output {file} is in a model's folder, whose *.safetensors are its weights; choose another."
@@ -54,7 +61,7 @@ def setup(profile_file: Path, output: Path, max_error: float, skip: list[str]) -
     """Write the quantization file `output`, and its vectors beside it; layers with a larger error are left out.
 
     Raises:
-        ConfigError: when `profile_file` is no profile, or `output` is in a model's folder.
+        ConfigError: when `profile_file` is not a profile, or `output` is in a model's folder.
     """
     check_output(output)
     found, smoothing = read_profile(profile_file)
@@ -86,7 +93,7 @@ def read_profile(file: Path) -> tuple[dict[str, LayerProfile], dict[str, Tensor]
     """The layers of a profile, and the smoothing vectors of those that have one.
 
     Raises:
-        ConfigError: when the file is missing or is no profile.
+        ConfigError: when the file is missing or is not a profile.
     """
     try:
         with safe_open(file, "pt") as stored:

@@ -17,7 +17,8 @@ from rollout.quantization.int8 import Rounding, quantized, reference_linear, rou
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_NOISE = 0.05  # a checkpoint's factors that stay this close to 1 are rounding, no smoothing
+_NOISE = 0.05
+"""A checkpoint's factors that stay this close to 1 come from rounding, not from smoothing."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class Settings:
     """How a layer is to be quantized."""
 
     smoothing: Float32[Tensor, " in"] | None
+    """What input channels are divided by; None: nothing."""
     clip: float
-    alpha: float | None  # null without smoothing, and with one that a checkpoint has
+    """Share of an output channel's largest weight at which weights are cut off; 1: nowhere."""
+    alpha: float | None
+    """Of the formula above; None without smoothing, and with one that a checkpoint has."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Losses:
     error: float
     """Norm of the output's error by the norm of the output, over all rows."""
     clipped: float
-    """Share of the weights that are clipped."""
+    """Share of the weights that are clipped, in [0, 1]."""
     flushed: float
     """Share of the activations that are not 0 and become 0: what outliers do to the others, as a token's scale follows
     its largest activation. Activations are never clipped."""

@@ -66,8 +66,7 @@ def launch(config: Config, command: str, arguments: Sequence[str], run: Callable
 
 
 def check_experiment(config: Config, command: str) -> None:
-    """All checks that need no process group: the model against the layout, the user's own modules, and what this
-    machine can do.
+    """All checks without a process group: model against layout, the user's own modules, and what this machine can do.
 
     Raises:
         ConfigError: naming the key and the remedy.

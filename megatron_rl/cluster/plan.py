@@ -1,6 +1,5 @@
 """`megatron-rl plan`: what an experiment needs and may give on GPUs, before it runs. See docs/plan.md."""
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.cluster.model_shape import read_model_shape
@@ -26,6 +25,7 @@ from megatron_rl.cluster.slurm import Job, describe, node_roles
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.observability.terminal import Terminal, standard_output
 
 GIB = 2**30
 DEFAULT_SHARE = 0.5
@@ -59,11 +59,11 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
         config.train.prompts_per_step * config.algorithm.group_size,
     )
     dp = world // config.parallel.model_size
-    out = Console(highlight=False)
+    out = standard_output()
     size = f"{model_parameters(arch) / 1e9:.2f} B parameters"
     if arch.experts:
         size += f", {active_parameters(arch) / 1e9:.2f} B active"
-    out.print(f"{size}; {describe(config, job, roles)}; {job.gpus_per_node} GPUs per node", soft_wrap=True)
+    out.print(f"{size}; {describe(config, job, roles)}; {job.gpus_per_node} GPUs per node")
     out.print(
         f"per step {load.sequences} sequences of {load.prompt_tokens:.0f} + {load.response_tokens:.0f} tokens (mean)"
     )
@@ -87,11 +87,12 @@ def gpu_total(config: Config, trainer: Memory, engine: EngineMemory) -> float:
     return trainer.total + engine.share
 
 
-def _print_memory(out: Console, config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> None:
+def _print_memory(out: Terminal, config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> None:
     memory = fullest_stage(config, arch, load, dp)
     engines = {kind: engine_memory(config, arch, gpu.memory, kind) for kind in dict.fromkeys(config.rollout.precisions)}
     tightest = min(engines.values(), key=lambda engine: engine.cache)
-    table = Table("memory per GPU", "GiB", title_justify="left")
+    table = Table("memory per GPU")
+    table.add_column("GiB", justify="right")
     for name, size in memory.parts():
         if size:
             table.add_row(name if config.parallel.pp_size == 1 else f"{name} (stage {memory.stage})", _gib(size))
@@ -106,7 +107,6 @@ def _print_memory(out: Console, config: Config, arch: Architecture, gpu: Gpu, lo
             f"does not fit: {_gib(total - gpu.memory)} GiB too much. Lower train.tokens_per_microbatch or "
             "rollout.vllm.gpu_memory_utilization, set rollout.sleep=1, recompute activations "
             "(train.recompute=full), or split further (parallel.*, more nodes).",
-            soft_wrap=True,
         )
     for kind, engine in engines.items():
         name = "engine" if kind == "none" else f"{kind} engine"
@@ -116,16 +116,14 @@ def _print_memory(out: Console, config: Config, arch: Architecture, gpu: Gpu, lo
         out.print(
             f"{name}: weights {_gib(engine.weights)} GiB per GPU, keys and values {_gib(engine.cache)} GiB = "
             f"{engine.cache / engine.per_token:,.0f} tokens",
-            soft_wrap=True,
         )
 
 
-def _print_speed(out: Console, config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> None:
+def _print_speed(out: Terminal, config: Config, arch: Architecture, gpu: Gpu, load: Workload, dp: int) -> None:
     count = microbatches(config, load, dp)
     out.print(
         f"{count} micro-batches of {config.train.tokens_per_microbatch:,} tokens per optimizer step and replica; "
         f"{bubble_fraction(config.parallel.pp_size, count):.1%} of a pass is pipeline bubble",
-        soft_wrap=True,
     )
     size = sync_bytes(config, arch)
     out.print(f"weight sync: {size / 1e9:.1f} GB to each engine, {size * config.rollout.engines / 1e9:.1f} GB in all")
@@ -134,10 +132,11 @@ def _print_speed(out: Console, config: Config, arch: Architecture, gpu: Gpu, loa
         name = "engine" if kind == "none" else f"{kind} engine"
         out.print(
             f"{name}: {speed.tokens_per_s:,.0f} tokens/s with {speed.batch:,.0f} requests; limited by {speed.limit}",
-            soft_wrap=True,
         )
     seconds = step_time(config, arch, gpu, load, dp)
-    table = Table("phase", "s", "share", title_justify="left")
+    table = Table("phase")
+    table.add_column("s", justify="right")
+    table.add_column("share", justify="right")
     for name, value in seconds.phases().items():
         if value:
             table.add_row(name, f"{value:.1f}", f"{value / seconds.total:.0%}")
@@ -149,7 +148,6 @@ def _print_speed(out: Console, config: Config, arch: Architecture, gpu: Gpu, loa
         f"expected: {generated / seconds.total:,.0f} response tokens/s over the whole step, "
         f"{load.tokens / seconds.update:,.0f} tokens/s in the update; {slowest} limits the step. "
         "Without drafts and reuse of old responses, and with responses of equal length.",
-        soft_wrap=True,
     )
 
 

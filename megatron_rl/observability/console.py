@@ -1,19 +1,22 @@
 """What a run shows: one passing progress line per phase, and one row per step that stays."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
-from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from megatron_rl.observability.terminal import Terminal, standard_output
 from rollout.types import Rollout
 
 HEADER_EVERY_ROWS = 20
+FIRST_PLAIN_LINE_S = 10.0
+"""Seconds after which a phase says in a log file that it is alive."""
 PLAIN_LINE_EVERY_S = 30.0
+"""Seconds from then on to the next such line."""
 
-# heading, metric, width, format of the value
 COLUMNS = (
     ("reward", "reward/mean", 7, ".3f"),
     ("greedy", None, 7, ".1%"),
@@ -26,7 +29,9 @@ COLUMNS = (
     ("upd s", "time/update", 8, ".2f"),
     ("sync s", "time/weight_sync", 8, ".2f"),
 )
-LEAST_SAVING = 0.05  # seconds
+"""Of the row of a step: heading, metric, width in characters, format of the value."""
+LEAST_SAVING = 0.05
+"""Seconds that an acceleration must save in a step to be named in its row."""
 COUNTS_WORTH_A_NOTE = {
     "reward/errors": "reward errors",
     "reward/timeouts": "reward timeouts",
@@ -39,23 +44,32 @@ COUNTS_WORTH_A_NOTE = {
 class Phase:
     """Progress of one phase of a step; use it as a context manager."""
 
-    def __init__(self, terminal: Terminal | None, name: str, total: int, on_progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        terminal: Terminal | None,
+        name: str,
+        total: int,
+        on_progress: Callable[[str], None],
+        ticking: bool = True,
+    ) -> None:
+        """See `Console.phase`."""
         self._terminal, self._name, self._total = terminal, name, total
-        self._on_progress = on_progress
+        self._on_progress, self._ticking = on_progress, ticking
         self._done = 0
         self._progress: Progress | None = None
-        self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
+        self._next_line = time.monotonic() + FIRST_PLAIN_LINE_S
 
     def __enter__(self) -> "Phase":
-        if self._terminal is not None and self._terminal.is_terminal:
-            columns = (TextColumn("{task.description:>12}"), BarColumn(24), MofNCompleteColumn())
+        if self._terminal is not None and self._terminal.is_interactive:
+            columns = (TextColumn("{task.description:>12}", markup=False), BarColumn(24), MofNCompleteColumn())
             self._progress = Progress(
                 *columns,
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 console=self._terminal,
                 transient=True,
                 refresh_per_second=4,
+                auto_refresh=self._ticking,
             )
             self._progress.start()
             self._task = self._progress.add_task(self._name, total=self._total, note="")
@@ -79,12 +93,12 @@ class Phase:
         self._done += count
         self._on_progress(f"{self._name} {self._done}/{self._total}")
         if self._progress is not None:
-            self._progress.update(self._task, advance=count, note=note)
+            self._progress.update(self._task, advance=count, note=note, refresh=not self._ticking)
         elif self._terminal is not None and time.monotonic() >= self._next_line:
             # Not a terminal: a log file. Say something now and then, so that a long phase does not look dead.
             self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
             text = f"{self._name} {self._done}/{self._total}"
-            self._terminal.print(f"{text}, {note}" if note else text, highlight=False, soft_wrap=True)
+            self._terminal.print(f"{text}, {note}" if note else text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Console:
@@ -98,13 +112,39 @@ class Console:
     ) -> None:
         """`terminal` is where to print, standard output when left out; `on_progress` hears of it, printed or not."""
         self._on_progress = on_progress
-        self._terminal = (terminal or Terminal()) if enabled else None
+        self._terminal = (terminal or standard_output()) if enabled else None
         self._rows = 0
 
-    def phase(self, name: str, total: int) -> Phase:
-        """A progress line for a phase of `total` items: `with console.phase("generating", 256) as phase: ...`."""
+    def phase(self, name: str, total: int, ticking: bool = True) -> Phase:
+        """A progress line for a phase of `total` items: `with console.phase("generating", 256) as phase: ...`.
+
+        Args:
+            name: what is being done, e.g. `generating`.
+            total: items of the phase.
+            ticking: let the time shown go on between items, for which a thread wakes up four times a second; False
+                where it would disturb what is being measured.
+        """
         self._on_progress(f"{name} 0/{total}")
-        return Phase(self._terminal, name, total, self._on_progress)
+        return Phase(self._terminal, name, total, self._on_progress, ticking)
+
+    @contextlib.contextmanager
+    def progress(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A phase for work that says itself how far it is, by calling the function given: (items done, items in all).
+
+        The phase begins with the first call. Work in several parts counts from 1 in each, and the parts add up.
+        """
+        with contextlib.ExitStack() as stack:
+            phase: Phase | None = None
+
+            def report(done: int, total: int) -> None:
+                nonlocal phase
+                if phase is None:
+                    phase = stack.enter_context(self.phase(name, total))
+                elif done == 1:
+                    phase.grow(total)
+                phase.advance()
+
+            yield report
 
     def info(self, text: str) -> None:
         """Print one line."""

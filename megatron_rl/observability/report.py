@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from rich.console import Console as Terminal
 from rich.table import Table
+from rich.text import Text
 
 from drafter.idle_time.timeline import TRACE_FILE, read_trace, rows
 from megatron_rl.config import ConfigError
 from megatron_rl.observability import plots
 from megatron_rl.observability.metrics_logger import read_metrics
+from megatron_rl.observability.terminal import Terminal, standard_output
 
 Records = list[dict[str, float]]
 
@@ -88,22 +89,27 @@ def print_summary(run_dir: Path, terminal: Terminal | None = None) -> None:
         ConfigError: when the folder has no metrics.
     """
     records = read_metrics(run_dir)
-    terminal = terminal or Terminal()
-    accuracy = Table("held-out", "before", "after", "change", title="Accuracy")
-    for name, before, after, change in accuracy_rows(records):
-        accuracy.add_row(name, before, after, change)
-    if accuracy.row_count:
-        terminal.print(accuracy)
+    terminal = terminal or standard_output()
+    accuracy, times = accuracy_rows(records), time_rows(records)
+    if accuracy:
+        terminal.print(_rich_table("Accuracy", ("held-out", "before", "after", "change"), accuracy))
     else:
         terminal.print("no evaluation in this run", highlight=False)
-    times = Table("phase", "total", "per step", "share", title="Time")
-    for row in time_rows(records):
-        times.add_row(*row)
-    if times.row_count:
-        terminal.print(times)
+    if times:
+        terminal.print(_rich_table("Time", ("phase", "total", "per step", "share"), times))
     for line in (speculation_line(records), history_line(records), drafter_line(records)):
         if line:
             terminal.print(line, highlight=False)
+
+
+def _rich_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A name and numbers in each row."""
+    table = Table(header[0], title=title)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def speculation_line(records: Records) -> str:

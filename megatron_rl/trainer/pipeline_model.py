@@ -23,6 +23,7 @@ from megatron_rl.models.context_parallel import join
 from megatron_rl.models.gpt import build_policy
 from megatron_rl.models.megatron_folder import has_megatron_weights, load_megatron_weights
 from megatron_rl.models.weights import draw_weights, has_hf_weights, load_hf_weights
+from megatron_rl.observability.console import Console
 from megatron_rl.trainer.batch import Batch, Microbatch, build_microbatch, plan_microbatches
 
 Progress = Callable[[int, int], None]
@@ -74,7 +75,8 @@ class PipelineModel:
         elif config.model.scratch is not None and not has_hf_weights(config.model.path):
             draw_weights(self.model, arch, config.train.seed)
         else:
-            load_hf_weights(self.model, arch, config.model.path)
+            with Console(runtime.is_driver).progress("reading weights") as read:
+                load_hf_weights(self.model, arch, config.model.path, read)
         self._head = head
         head.attach(self.model)
         self.module: torch.nn.Module = self.model

@@ -3,21 +3,26 @@
 import importlib.util
 import io
 import json
+import re
+import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from rich.console import Console
+
+from megatron_rl.observability.terminal import standard_output
+from tests.launching import ROOT
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
 
 
 @pytest.fixture
 def common() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "_common.py"
+    file = ROOT / "benchmarks" / "_common.py"
     spec = importlib.util.spec_from_file_location("benchmarks_common", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -42,7 +47,7 @@ def test_the_json_has_ratios_rows_and_environment(common: ModuleType, tmp_path: 
     arguments = common.parse_arguments(None, ["--quick", "--json", str(file)])
     out = io.StringIO()
     rows = [{"case": "static:eagle:4", "time [ms]": 1.23456}]
-    common.finish(arguments, {"a_vs_b": 0.5}, rows, Console(file=out, width=80))
+    common.finish(arguments, {"a_vs_b": 0.5}, rows, standard_output(out))
     result = json.loads(file.read_text())
     assert result["ratios"] == {"a_vs_b": 0.5}
     assert result["rows"] == rows
@@ -54,5 +59,24 @@ def test_the_json_has_ratios_rows_and_environment(common: ModuleType, tmp_path: 
 
 def test_without_json_nothing_is_written(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    common.finish(common.parse_arguments(None, []), {"a_vs_b": 0.5}, [], Console(file=io.StringIO()))
+    common.finish(common.parse_arguments(None, []), {"a_vs_b": 0.5}, [], standard_output(io.StringIO()))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
+def test_every_benchmark_explains_itself_and_has_the_common_flags(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(file.parent))  # as for `python benchmarks/bench_x.py`
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(file), run_name="__main__")
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert f"usage: {file.name}" in text and "--quick" in text and "--json FILE" in text
+    assert f"\n    python benchmarks/{file.name} [--quick] [--json FILE]" in text
+
+
+def test_the_page_of_benchmarks_names_them_all_and_no_others() -> None:
+    named = set(re.findall(r"bench_\w+", (ROOT / "docs" / "benchmarks.md").read_text()))
+    assert BENCHMARKS and named == {file.stem for file in BENCHMARKS}

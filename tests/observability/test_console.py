@@ -2,12 +2,13 @@
 
 import io
 import math
+import threading
 
 import pytest
-from rich.console import Console as Terminal
 
 from megatron_rl.observability import console as console_module
 from megatron_rl.observability.console import HEADER_EVERY_ROWS, Console, greedy_accuracy
+from megatron_rl.observability.terminal import Terminal
 
 METRICS = {"reward/mean": 0.5, "response/length_mean": 40.0, "logprob_gap/mean": 3e-6, "time/step": 4.25}
 
@@ -81,12 +82,56 @@ def test_a_log_file_sees_no_control_codes_and_a_short_phase_is_silent() -> None:
 
 
 def test_a_long_phase_says_in_a_log_file_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console_module, "FIRST_PLAIN_LINE_S", 0.0)
     monkeypatch.setattr(console_module, "PLAIN_LINE_EVERY_S", 0.0)
     console, out = make(False)
     with console.phase("generating", 8) as phase:
         phase.advance(3, note="99 tokens/s")
         phase.advance(5)
     assert out.getvalue().splitlines() == ["generating 3/8, 99 tokens/s", "generating 8/8"]
+
+
+def test_a_log_file_gets_a_line_after_ten_seconds_and_then_now_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now)
+    console, out = make(False)
+    with console.phase("generating", 100) as phase:
+        for _ in range(100):
+            now += 1.0
+            phase.advance()
+    assert out.getvalue().splitlines() == [f"generating {done}/100" for done in (10, 40, 70, 100)]
+
+
+def test_a_dumb_terminal_is_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(console_module, "FIRST_PLAIN_LINE_S", 0.0)
+    console, out = make(True)
+    with console.phase("generating", 8) as phase:
+        phase.advance(3)
+    assert out.getvalue() == "generating 3/8\n"
+
+
+def test_the_time_stands_still_between_the_items_of_a_measurement() -> None:
+    console, out = make(True)
+    before = threading.active_count()
+    with console.phase("measuring", 2, ticking=False) as phase:
+        assert threading.active_count() == before
+        phase.advance(note="[static:eagle:4]")
+        assert "1/2" in out.getvalue() and "[static:eagle:4]" in out.getvalue()
+
+
+def test_the_parts_of_a_pass_add_up() -> None:
+    heard: list[str] = []
+    console = Console(False, on_progress=heard.append)
+    with console.progress("training") as report:
+        for _ in range(2):
+            for done in (1, 2, 3):
+                report(done, 3)
+    assert [text.removeprefix("training ") for text in heard] == ["0/3", "1/3", "2/3", "3/3", "4/6", "5/6", "6/6"]
+    heard.clear()
+    with console.progress("nothing to do"):
+        pass
+    assert heard == []
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture) -> None:
@@ -98,7 +143,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_progress_is_told_also_by_silent_ranks() -> None:
+def test_progress_of_silent_ranks_is_reported_too() -> None:
     heard: list[str] = []
     console = Console(False, on_progress=heard.append)
     with console.phase("training", 8) as phase:

@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import yaml
-from rich.console import Console as Terminal
 
 from drafter.idle_time.timeline import Span, write_trace
 from megatron_rl.observability.metrics_logger import METRICS_FILE
@@ -21,6 +20,7 @@ from megatron_rl.observability.report import (
     time_rows,
     write_report,
 )
+from megatron_rl.observability.terminal import Terminal
 
 EVAL = "eval/arithmetic-heldout/greedy_accuracy"
 
