@@ -25,7 +25,8 @@ def hf_to_megatron(model: str, output: str, family: str | None = None) -> None:
     """
     if not has_hf_weights(model):
         raise ConfigError(f"{model!r} has no *.safetensors; give a folder with a Hugging Face model.")
-    policy, console = _load(model, output, family), Console(enabled=True)
+    console = Console(enabled=True)
+    policy = _load(model, output, family, console)
     console.info(f"writing {output}")
     write_model_folder({"model": policy.model.sharded_state_dict()}, model, Path(output))
     shutdown()
@@ -48,15 +49,15 @@ def megatron_to_hf(checkpoint: str, output: str, family: str | None = None) -> N
             f"{checkpoint!r} has no megatron/metadata.json; give a checkpoint folder such as step_000020."
         )
     console = Console(enabled=True)
-    console.info(f"reading {checkpoint}")
-    policy = _load(checkpoint, output, family)
+    policy = _load(checkpoint, output, family, console)
     with console.progress("writing") as progress:
         export_hf(PolicyWeights(policy.model, policy.arch), checkpoint, Path(output), progress)
     shutdown()
     console.info(f"{output} is a model in the Hugging Face format")
 
 
-def _load(model: str, output: str, family: str | None) -> Policy:
+def _load(model: str, output: str, family: str | None, console: Console) -> Policy:
+    console.info(f"reading {model}")
     hf = read_hf_config(model, family)
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     precision = "fp32" if stored == "float32" else "bf16"

@@ -7,6 +7,7 @@ a process group is checked before that.
 """
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -208,9 +209,16 @@ def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> in
 
 
 def silence_known_warnings() -> None:
-    """megatron-core says at import that Transformer Engine and Apex are missing, which `doctor` says better."""
+    """Keep quiet about what nobody who trains can act on.
+
+    megatron-core says at import that Transformer Engine and Apex are missing, which `doctor` says better. From 0.18 on
+    it reads checkpoints on each rank alone, of which torch warns; in 0.19 it prefers another class to `GPTModel`.
+    """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", message=".*is not a leaf Tensor", category=UserWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    warnings.filterwarnings("ignore", message="The argument order of load has been changed", category=UserWarning)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.")
     warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor", category=FutureWarning)
 

@@ -5,12 +5,12 @@ import queue
 import random
 import threading
 import time
-from types import SimpleNamespace
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from drafter.idle_time.pipeline_bubbles import BubbleCommunicator
@@ -163,7 +163,7 @@ def run_rank(rank: int, size: int, chunks: int, microbatches: int, forward_only:
             micro_batch_size=1,
             forward_only=forward_only,
             p2p_communicator=communicator,
-            pg_collection=SimpleNamespace(tp=one, cp=one, embd=None, pos_embd=None, pp=group, dp_cp=one),
+            pg_collection=ProcessGroupCollection(tp=one, cp=one, embd=None, pos_embd=None, pp=group, dp_cp=one),
         )
     fill.close()
     return work.done
