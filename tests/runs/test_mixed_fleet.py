@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capabilities import require_int8
 from tests.runs.test_train import _read, assert_same_metrics, experiment, metrics, run, start
 
 __all__ = ["experiment"]  # a fixture
@@ -30,6 +31,7 @@ def reproducible(run_dir: Path) -> dict[int, dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_killed_run_of_a_mixed_fleet_continues_as_if_nothing_had_happened(experiment: Path) -> None:
+    require_int8()
     whole, killed = (experiment.parent / name for name in ("mixed", "mixed-killed"))
     run(experiment, f"run_dir={whole}", *FLEET)
     log = _read(experiment.parent / "log.txt")

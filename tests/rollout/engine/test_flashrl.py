@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import ConfigError
 from rollout.engine.flashrl import VARIABLES, DropIn
+from tests.capabilities import require_int8
 from tests.rollout.tiny_models import make_model
 
 ROOT = Path(__file__).parents[3]
@@ -115,6 +116,7 @@ def results(
     models: tuple[Path, Path], calibrated: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What every kind of process gave; they run two at a time."""
+    require_int8()
     model, other_model = models
     log = tmp_path_factory.mktemp("log") / "log"
     updates = ["generate", f"reload {other_model}", "generate", f"reload {model}", "generate"]

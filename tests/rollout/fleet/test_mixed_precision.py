@@ -19,6 +19,7 @@ from rollout.fleet.requests import continue_from, deal
 from rollout.fleet.weight_client import FleetClient
 from rollout.types import Past, Rollout, RolloutRequest, TokenSource
 from rollout.weight_transfer.connection import segment_name
+from tests.capabilities import require_int8
 from tests.rollout.helpers import make_config, make_environment, make_requests
 from tests.rollout.weight_transfer.test_weight_transfer import StateDictSource, _load, connected
 
@@ -110,6 +111,7 @@ def fleets(
     model: Path, other_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[RolloutFleet, RolloutFleet]]:
     """A mixed fleet with `model`, and one with `other_model`."""
+    require_int8()
     folder = tmp_path_factory.mktemp("fleets")
     options: dict = {"engines": 2, "quantization": ["none", "int8"], "sleep": 2, "vllm": {"max_num_seqs": 8}}
     first, second = (

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.calibration.profile import profile
 from megatron_rl.calibration.profile_file import read_profile, setup
 from rollout.quantization.int8 import reference_linear
+from tests.capabilities import require_int8
 from tests.rollout.helpers import VOCAB_LIMIT, generate, make_config, make_requests, open_arguments, open_engines
 from tests.rollout.quantization.test_quantization import load_partly, products
 from tests.rollout.tiny_models import make_model, plant_outliers
@@ -34,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibrated(planted: Path, folder: Path) -> Path:
     """A quantization file for `planted`, with one layer clipped by hand."""
+    require_int8()
     profile(make_config(folder, planted), folder / "profile.safetensors", prompts=16, rollouts=None, quantized=None)
     setup(folder / "profile.safetensors", folder / "int8.yaml", 0.1, [])
     text = (folder / "int8.yaml").read_text()

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from rollout.quantization.int8 import PackedWeight, linear, quantized, reference_linear
+from tests.capabilities import require_int8
 
-if not torch.cpu._is_vnni_supported():
-    pytest.skip("int8 products need AVX-512 VNNI", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("int8")
+
+
+@pytest.fixture(scope="module")
+def int8() -> None:
+    require_int8()
+
 
 SIZES = [(64, 4), (96, 160), (1, 1), (65, 33), (200, 1027)]  # out, in
 

@@ -26,6 +26,7 @@ from rollout.quantization.int8 import PackedWeight, reference_linear
 from rollout.quantization.online import Float32HeadMethod, GpuKernel, Int8LinearMethod, RolloutQuantization
 from rollout.types import Rollout
 from rollout.weight_transfer.connection import segment_name
+from tests.capabilities import require_int8
 from tests.rollout.helpers import (
     VOCAB_LIMIT,
     OpenEngine,
@@ -58,6 +59,7 @@ def test_the_float32_head_multiplies_bf16_weights_in_float32() -> None:
 
 
 def test_vllms_kernel_gets_smoothed_and_clipped_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_int8()
     torch.manual_seed(0)
     monkeypatch.setattr("rollout.quantization.online._ELEMENTS", 40 * IN)  # 40 rows at a time
     matrix, x, smoothing = torch.randn(OUT, IN), torch.randn(5, IN), torch.rand(IN) * 5 + 0.2
@@ -126,6 +128,7 @@ def engines(
     model: Path, other_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[OpenFleet, OpenFleet, Any, Any]]:
     """Two int8 engines with `model`, in float32 and in bf16; one of each kind with `other_model`."""
+    require_int8()
     folder = tmp_path_factory.mktemp("engines")
     bf16 = {"quantization": "int8", "lm_head_fp32": True}
     fp32 = {"quantization": "int8", "quantization_skip": SKIP}
@@ -337,6 +340,7 @@ def test_logits_of_a_bf16_engine_are_float32_on_request(engines: tuple, model: P
 
 @pytest.mark.slow
 def test_drafts_change_no_token_and_the_head_is_not_quantized(model: Path, tmp_path: Path) -> None:
+    require_int8()
     save_head(random_head(model, 0), tmp_path / "head")
     speculation = {"adaptive": "static", "drafters": ["eagle", "ngram"], "max_draft_tokens": 4}
     arguments = [
@@ -365,6 +369,7 @@ def test_drafts_change_no_token_and_the_head_is_not_quantized(model: Path, tmp_p
 def test_new_weights_reach_compiled_and_split_engines(
     model: Path, other_model: Path, tmp_path: Path, eager: bool, tp_size: int
 ) -> None:
+    require_int8()
     config = make_config(tmp_path, model, quantization="int8", tp_size=tp_size)
     environment = replace(make_environment(), vllm={"max_num_seqs": 32, "enforce_eager": eager})
     fleets = [OpenFleet(config, environment, str(path), lambda i: None, False) for path in (model, other_model)]
