@@ -106,8 +106,7 @@ def test_switching_drafters_and_heads_in_mid_run_does_not_change_the_tokens(
                 rule = [("eagle", 4), ("ngram", 3), ("eagle", 1), ("eagle", 3)][step // (2 * LINGER) % 4]
                 engine.set_speculation("static", rule[1], [rule[0]])
                 for request in scheduler.requests.values():  # the new n-gram drafter starts from the middle
-                    number = scheduler._numbers[request.request_id]
-                    scheduler._ngram.start(number, "again", list(request.all_token_ids))
+                    scheduler._ngram.start(request, "again", list(request.all_token_ids))
             if step % (4 * LINGER) == 11:
                 scheduler.controller._arm = PLAIN
             if step == 30:
