@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from drafter.eagle.head import EagleHead
 from drafter.eagle.head_files import load_head, save_head
-from drafter.eagle.packed_rows import PolicyWeights
+from drafter.eagle.packed_rows import FrozenPolicy
 from megatron_rl.config import ConfigError, load_config
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.trainer.rollouts_file import read_rollouts
@@ -61,7 +61,7 @@ def test_it_lifts_the_held_out_length_and_writes_a_head(folder: Path):
 
 def test_heads_that_do_not_fit_are_refused(folder: Path):
     config = load_config(folder / "experiment.yaml", [])
-    policy = PolicyWeights(torch.zeros(128, 64), torch.ones(128, 64))
+    policy = FrozenPolicy(torch.zeros(128, 64), torch.ones(128, 64))
     with pytest.raises(ConfigError, match=r"make the head with `megatron-rl drafter warmup`"):
         initial_head(config, policy)
     whole = config.model_copy(update={"drafter": config.drafter.model_copy(update={"draft_vocab": None})})
