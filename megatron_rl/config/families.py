@@ -14,12 +14,12 @@ vLLM has to know the architecture, too: the engines load the same `config.json`,
 tensors' names in files.
 """
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.import_path import import_object
 
 if TYPE_CHECKING:
     from megatron_rl.config.sections import ScratchModelConfig
@@ -109,10 +109,9 @@ def find_family(hf: Mapping[str, Any], named: str | None = None, path: str | Non
 def _users_family(named: str) -> ModelFamily:
     module_name, _, name = named.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        raise ConfigError(f"model.family={named}: importing {module_name} failed with {reason}.") from error
+        found = import_object(named)
+    except ValueError as error:
+        raise ConfigError(f"model.family={named}: {error}.") from error
     if not isinstance(found, ModelFamily):
         raise ConfigError(
             f"model.family={named}: {module_name} has no {name} that is a megatron_rl.config.families.ModelFamily."
