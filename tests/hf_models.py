@@ -34,6 +34,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 
 
 def make_models(root: Path) -> dict[str, Path]:
@@ -43,6 +45,10 @@ def make_models(root: Path) -> dict[str, Path]:
         "qwen3": Qwen3ForCausalLM(Qwen3Config(head_dim=16, tie_word_embeddings=True, **SHAPE)),
         "qwen2": Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **SHAPE)),
         "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE, **SHAPE)),
+        "llama-biases": LlamaForCausalLM(LlamaConfig(attention_bias=True, mlp_bias=True, **SHAPE)),
+        "llama-attention-bias": LlamaForCausalLM(LlamaConfig(attention_bias=True, **SHAPE)),
+        "qwen2-window": Qwen2ForCausalLM(Qwen2Config(**WINDOW, **SHAPE)),
+        "qwen3-yarn": Qwen3ForCausalLM(Qwen3Config(head_dim=16, rope_parameters=YARN_ROPE, **SHAPE)),
     }
     for name, model in models.items():
         for parameter in model.parameters():

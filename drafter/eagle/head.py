@@ -204,6 +204,7 @@ class UnrolledDrafts:
         config = head.config
         self._cache = _AttentionCache(
             frequencies=rope.inverse_frequencies(config.rope, config.head_dim).to(numbers.device),
+            factor=rope.attention_factor(config.rope),
             positions=positions - cu_seqlens[numbers],
             mask=(numbers[:, None] == numbers[None, :]) & (positions[:, None] >= positions[None, :]),
             keys=[],
@@ -238,6 +239,8 @@ class _AttentionCache:
 
     frequencies: Float[Tensor, "half_head_dim"]
     """float32 whatever the head's dtype is: bfloat16 angles would be wrong."""
+    factor: float
+    """What rotated queries and keys are multiplied by (`rope.attention_factor`)."""
     positions: Int[Tensor, "seq"]
     mask: Bool[Tensor, "seq seq"]
     """[p, q]: q is a position of p's sequence, and not after p."""
@@ -290,9 +293,10 @@ class _Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         positions = cache.positions + len(cache.keys)
-        cache.keys.append(rope.rotate(key, positions, cache.frequencies))
+        query, key = (rope.rotate(part, positions, cache.frequencies, cache.factor) for part in (query, key))
+        cache.keys.append(key)
         cache.values.append(value)
-        mixed = attend(rope.rotate(query, positions, cache.frequencies), cache.keys, cache.values, cache.mask)
+        mixed = attend(query, cache.keys, cache.values, cache.mask)
         out: Tensor = self.o_proj(mixed.transpose(0, 1).flatten(1))
         return out
 

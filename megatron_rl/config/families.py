@@ -16,7 +16,7 @@ tensors' names in files.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.import_path import import_object
@@ -24,20 +24,14 @@ from megatron_rl.config.import_path import import_object
 if TYPE_CHECKING:
     from megatron_rl.config.sections import ScratchModelConfig
 
-COMPUTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""Keys of `config.json` that change what a decoder computes, and the one value that is computed here.
-
-(`attention_bias` adds a bias to the output projection, which megatron-core has together with one in every other layer
-only; the bias of queries, keys and values alone is `ModelFamily.qkv_bias`.)
-"""
-
-
 @dataclass(frozen=True)
 class ModelFamily:
     """What makes a family of models."""
 
     architecture: str
     """Its name in `architectures` of `config.json`."""
+    model_type: str | None = None
+    """What `model_type` of `config.json` must be, by which transformers chooses the class; None: not checked."""
     qkv_bias: bool = False
     """Queries, keys and values have a bias."""
     qk_norm: bool = False
@@ -48,13 +42,32 @@ class ModelFamily:
     """Key of `config.json` by Llama's and Qwen3-MoE's name -> the name that this family uses, where it has not both."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values, by the same names, of keys that its `config.json` leaves out."""
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of its `config.json`, and the only value of each that is computed here."""
+    biases: frozenset[str] = frozenset()
+    """Which of `attention_bias` (queries, keys, values and output) and `mlp_bias` (the whole feed-forward layer) its
+    `config.json` may switch on."""
+    free_head_dim: bool = True
+    """`head_dim` may differ from hidden_size / num_attention_heads (in vLLM, too)."""
+    window: Literal["none", "optional", "always"] = "none"
+    """Whether `sliding_window` limits what a position sees: never, where `use_sliding_window` says so, or always."""
+    layered_window: bool = False
+    """`max_window_layers` or `layer_types` say in which layers it does."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Replacements in the names of a layer's tensors: part of Llama's or Qwen3-MoE's name -> this family's part."""
 
     def standard(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """The content of `config.json` with all that is read here under Llama's and Qwen3-MoE's names."""
-        renamed = {ours: hf[theirs] for ours, theirs in self.keys.items() if theirs in hf}
-        return {**self.defaults, **renamed, **{key: value for key, value in hf.items() if value is not None}}
+        stated = {ours: hf[theirs] for ours, theirs in self.keys.items() if theirs in hf} | dict(hf)
+        # Null is a statement, too, and not the default.
+        if "sliding_window" in stated and stated["sliding_window"] is None:
+            stated["sliding_window"] = 0  # no window
+        heads = stated.get("num_attention_heads")
+        if "num_key_value_heads" in stated and stated["num_key_value_heads"] is None:
+            stated["num_key_value_heads"] = heads
+        if "head_dim" in stated and stated["head_dim"] is None and heads and stated.get("hidden_size"):
+            stated["head_dim"] = stated["hidden_size"] // heads
+        return {key: value for key, value in {**self.defaults, **stated}.items() if value is not None}
 
     def tensor_name(self, name: str) -> str:
         """The name in this family's files of a tensor that goes by Llama's or Qwen3-MoE's `name`."""
@@ -64,14 +77,46 @@ class ModelFamily:
         return name
 
 
-LLAMA = ModelFamily("LlamaForCausalLM")
-QWEN2 = ModelFamily("Qwen2ForCausalLM", qkv_bias=True)
-QWEN3 = ModelFamily("Qwen3ForCausalLM", qk_norm=True)
+LLAMA = ModelFamily("LlamaForCausalLM", "llama", biases=frozenset({"attention_bias", "mlp_bias"}))
+QWEN2 = ModelFamily(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    qkv_bias=True,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    neutral={"qkv_bias": True},
+    free_head_dim=False,
+    window="optional",
+    layered_window=True,
+)
+QWEN3 = ModelFamily(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    qk_norm=True,
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
+    window="optional",
+    layered_window=True,
+)
 QWEN3_MOE = ModelFamily(
     "Qwen3MoeForCausalLM",
+    "qwen3_moe",
     qk_norm=True,
     mixture=True,
     keys={"num_experts": "num_local_experts"},  # as transformers 5 writes it
+    defaults={
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+    },
+    window="optional",
 )
 FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
 """The families that need no `model.family`, by architecture."""

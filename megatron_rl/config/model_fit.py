@@ -4,8 +4,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.families import COMPUTED, find_family
+from megatron_rl.config.families import find_family
 from megatron_rl.config.hub import local_folder
+from megatron_rl.config.model_keys import attention_window, check_keys
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
     """
     family = find_family(hf, config.model.family, config.model.path)
     hf = family.standard(hf)
-    _check_computed(config, hf)
+    check_keys(hf, family, config.model.path, config.model.ignored_keys)
     heads = hf["num_attention_heads"]
-    kv_heads = hf.get("num_key_value_heads", heads)
+    kv_heads = hf.get("num_key_value_heads") or heads
     layers = hf["num_hidden_layers"]
     tp, pp = config.parallel.tp_size, config.parallel.pp_size
     for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
@@ -83,12 +84,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"rollout.tp_size={config.rollout.tp_size} does not divide the model's num_attention_heads={heads}; "
             f"choose a divisor of {heads}."
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    if longest > hf.get("max_position_embeddings", longest):
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings={hf['max_position_embeddings']}; lower one of them."
-        )
+    _check_length(config, hf)
     skip_patterns(config.rollout.quantization_skip, layers)
     _check_experts(config, hf, family.mixture)
     _check_profile(config)
@@ -129,19 +125,22 @@ def check_world_size(config: "Config", world_size: int) -> None:
         )
 
 
-def _check_computed(config: "Config", hf: dict[str, Any]) -> None:
-    for key, value in COMPUTED.items():
-        if hf.get(key, value) != value:
-            raise ConfigError(
-                f"model.path={config.model.path!r} has {key}={hf[key]!r} in its config.json, but the trainer computes "
-                f"{value!r} only; use another model."
-            )
+def _check_length(config: "Config", hf: dict[str, Any]) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    window = hf.get("sliding_window")
-    if window and hf.get("use_sliding_window", True) and window < longest:
+    positions = hf.get("max_position_embeddings", longest)
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "yarn":  # its files may state the positions before the stretching
+        positions = max(positions, int(rope.get("original_max_position_embeddings", positions) * rope.get("factor", 1)))
+    if longest > positions:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's sliding_window={window}, "
-            "beyond which the trainer's attention is not the model's; lower one of them."
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings={positions}; lower one of them."
+        )
+    window = attention_window(hf, find_family(hf, config.model.family), config.model.path)
+    if window is not None and window < longest and config.parallel.cp_size > 1:
+        raise ConfigError(
+            f"parallel.cp_size={config.parallel.cp_size} does not work with the model's sliding_window={window}, which "
+            f"is shorter than data.max_prompt_tokens + rollout.max_tokens = {longest}; set parallel.cp_size=1."
         )
 
 

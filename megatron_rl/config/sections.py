@@ -38,6 +38,12 @@ class ModelConfig(Section):
     family: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
     """For a model of another architecture of the same kind: `module:NAME` of a `ModelFamily` of yours, which says what
     differs (`megatron_rl/config/families.py`, `examples/model_family`); vLLM has to know the architecture."""
+    ignored_keys: list[str] = Field(default_factory=list)
+    """Keys of the model's `config.json` that this program does not know, and that you know to change nothing. Any other
+    unknown key is refused: it may change what the model computes."""
+    check: Literal["auto", "off"] = "auto"
+    """Whether a new run first compares the log-probs of its trainer and its engines with those of transformers, on one
+    short text; `auto`: for models of up to three billion parameters."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
     scratch: ScratchModelConfig | None = None

@@ -12,6 +12,7 @@ from drafter.eagle import rope
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.families import LLAMA, ModelFamily, find_family
 from megatron_rl.config.model_fit import read_hf_config
+from megatron_rl.config.model_keys import attention_window
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Architecture:
     rope: dict[str, Any]
     """`rope_theta`, `rope_type` and the parameters of its scaling, as transformers names them."""
     init_std: float
+    output_bias: bool = False
+    """The output projection of attention has a bias."""
+    mlp_bias: bool = False
+    """The linear layers of the feed-forward layer have biases."""
+    window: int | None = None
+    """How many tokens each position sees, itself among them; None: all before it."""
     experts: int = 0
     """Of each layer; 0: the model is dense."""
     experts_per_token: int = 0
@@ -68,6 +75,7 @@ class Architecture:
         """
         kind = find_family(hf, family)
         hf = kind.standard(hf)
+        attention_bias = bool(hf.get("attention_bias"))
         heads = hf["num_attention_heads"]
         arch = cls(
             hidden_size=hf["hidden_size"],
@@ -79,11 +87,14 @@ class Architecture:
             vocab_size=hf["vocab_size"],
             max_positions=hf.get("max_position_embeddings", 2048),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
-            qkv_bias=kind.qkv_bias,
+            qkv_bias=kind.qkv_bias or attention_bias,
             qk_norm=kind.qk_norm,
             tied=bool(hf.get("tie_word_embeddings", False)),
             rope=rope.parameters(hf),
             init_std=hf.get("initializer_range", 0.02),
+            output_bias=attention_bias,
+            mlp_bias=bool(hf.get("mlp_bias")),
+            window=attention_window(hf, kind, "the model"),
             experts=int(hf["num_experts"]) if kind.mixture else 0,
             experts_per_token=hf["num_experts_per_tok"] if kind.mixture else 0,
             normalize_experts=bool(hf.get("norm_topk_prob", False)),
@@ -106,3 +117,12 @@ class Architecture:
             ValueError: for a `rope_type` that is not supported.
         """
         return rope.inverse_frequencies(self.rope, self.head_dim)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the products of queries and keys are multiplied by.
+
+        Scaled RoPE multiplies rotated queries and keys by an attention factor; all of a head is rotated, so the factor
+        may as well be applied twice to their products.
+        """
+        return float(rope.attention_factor(self.rope) ** 2 / math.sqrt(self.head_dim))

@@ -53,6 +53,8 @@ class PackedSequences(PackedSeqParams):
 class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a packed row: a `core_attention` for megatron-core's local layers.
 
+    It keeps to the config's `window_size`, as megatron-core's own does.
+
     The linear layers around it see packed tokens only; here the row is unpacked into a right-padded batch, where
     causality alone keeps real tokens from seeing padding.
 
@@ -60,8 +62,12 @@ class PackedAttention(MegatronModule):
     zero in the positions of the others: right, but with nothing saved here. Transformer Engine's attention saves.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__(config=config)
+        self._scale = softmax_scale
+        self._window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -86,11 +92,22 @@ class PackedAttention(MegatronModule):
             return padded.view(*grid, *packed.shape[1:]).transpose(1, 2)
 
         groups = query.shape[1] // key.shape[1]
+        mask = self._mask(packing.max_seqlen_q, query.device)
         output = F.scaled_dot_product_attention(
             unpack(query),
             unpack(key).repeat_interleave(groups, 1),
             unpack(value).repeat_interleave(groups, 1),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
         )
         positions = packing.padded_index if packing.held is None else packing.padded_index[packing.held]
         return output.transpose(1, 2).flatten(0, 1)[positions].flatten(1)
+
+    def _mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """[length, length], true where row may see column; None: all before it."""
+        if self._window is None or self._window >= length:
+            return None
+        positions = torch.arange(length, device=device)
+        distance = positions[:, None] - positions
+        return (distance >= 0) & (distance < self._window)

@@ -63,6 +63,8 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         "activation_func": torch.nn.functional.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "softmax_scale": architecture.softmax_scale,
+        "window_size": None if architecture.window is None else (architecture.window - 1, 0),
         "init_method_std": std,
         "tensor_model_parallel_size": config.parallel.tp_size,
         "pipeline_model_parallel_size": config.parallel.pp_size,
@@ -129,14 +131,30 @@ def _mixture(config: Config, architecture: Architecture) -> dict[str, Any]:
 def _layer_spec(architecture: Architecture) -> ModuleSpec:
     experts = architecture.experts or None
     if device.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=architecture.qk_norm
         )
-    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    if experts:  # in checkpoints, as with Transformer Engine: the norm stays before the router
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        if experts:  # in checkpoints, as with Transformer Engine: the norm stays before the router
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    if architecture.output_bias:
+        attention = spec.submodules.self_attention.submodules
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    if architecture.mlp_bias:
+        mlp = spec.submodules.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
     return spec
+
+
+def _with_bias(linear: type) -> type:
+    """`linear` with a bias, whatever megatron-core's `add_bias_linear` says, which decides for all layers at once."""
+
+    def build(self: Any, *arguments: Any, bias: bool, **options: Any) -> None:
+        linear.__init__(self, *arguments, bias=True, **options)
+
+    return type(linear.__name__, (linear,), {"__init__": build})
 
 
 def build_policy(config: Config, architecture: Architecture) -> GPTModel:

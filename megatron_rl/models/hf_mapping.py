@@ -66,12 +66,18 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "self_attn.q_norm.weight"] = (arch.head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (arch.head_dim,)
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, q_rows)
+        if arch.output_bias:
+            shapes[prefix + "self_attn.o_proj.bias"] = (hidden,)
         if arch.experts:
             shapes[prefix + "mlp.gate.weight"] = (arch.experts, hidden)
         for mlp in _feed_forwards(arch):
             shapes[f"{prefix}{mlp}.gate_proj.weight"] = (ffn, hidden)
             shapes[f"{prefix}{mlp}.up_proj.weight"] = (ffn, hidden)
             shapes[f"{prefix}{mlp}.down_proj.weight"] = (hidden, ffn)
+            if arch.mlp_bias:
+                shapes[f"{prefix}{mlp}.gate_proj.bias"] = (ffn,)
+                shapes[f"{prefix}{mlp}.up_proj.bias"] = (ffn,)
+                shapes[f"{prefix}{mlp}.down_proj.bias"] = (hidden,)
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
@@ -137,6 +143,8 @@ def _layer(arch: Architecture, shard: Shard, local: int, layer: int) -> Iterator
         yield _whole(name + "self_attention.k_layernorm.weight", hf + "self_attn.k_norm.weight", 1)
     heads = arch.heads * arch.head_dim // shard.tp_size
     yield _columns(name + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight", heads, shard)
+    if arch.output_bias:
+        yield _whole(name + "self_attention.linear_proj.bias", hf + "self_attn.o_proj.bias", 1)
     yield _whole(name + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", 1)
     if not arch.experts:
         yield from _feed_forward(arch, name + "mlp.", hf + "mlp.", shard)
@@ -153,12 +161,16 @@ def _layer(arch: Architecture, shard: Shard, local: int, layer: int) -> Iterator
 def _feed_forward(arch: Architecture, name: str, hf: str, shard: Shard) -> Iterator[Parameter]:
     ffn = arch.ffn_hidden_size // shard.tp_size
     held = slice(shard.tp_rank * ffn, (shard.tp_rank + 1) * ffn)
-    halves = [
-        Block(f"{hf}{part}_proj.weight", (held, slice(None)), (slice(place * ffn, (place + 1) * ffn), slice(None)))
-        for place, part in enumerate(("gate", "up"))
-    ]
-    yield Parameter(name + "linear_fc1.weight", halves, False)
+    for part, axes in (("weight", 2), ("bias", 1)) if arch.mlp_bias else (("weight", 2),):
+        rest = (slice(None),) * (axes - 1)
+        halves = [
+            Block(f"{hf}{half}_proj.{part}", (held, *rest), (slice(place * ffn, (place + 1) * ffn), *rest))
+            for place, half in enumerate(("gate", "up"))
+        ]
+        yield Parameter(f"{name}linear_fc1.{part}", halves, False)
     yield _columns(name + "linear_fc2.weight", hf + "down_proj.weight", ffn, shard)
+    if arch.mlp_bias:
+        yield _whole(name + "linear_fc2.bias", hf + "down_proj.bias", 1)
 
 
 def _qkv(arch: Architecture, shard: Shard, hf_name: str, axes: int) -> Iterator[Block]:

@@ -1,6 +1,6 @@
 """Runs all tiny models under one parallel layout and saves what this rank computed.
 
-parity_worker ROOT TP PP OUTPUT
+parity_worker ROOT TP PP OUTPUT MODELS
 """
 
 import sys
@@ -60,7 +60,7 @@ def main() -> None:
     batch = Batch(*random_sequences(12))
     runtime = initialize(make_config(root / "qwen3", tp, pp))
     results = {}
-    for name in ("qwen3", "qwen2", "llama"):
+    for name in sys.argv[5].split(","):
         config = make_config(root / name, tp, pp)
         arch = Architecture.from_folder(root / name)
         trainer = Trainer(config, runtime, arch, VOCAB, TEMPERATURE)
