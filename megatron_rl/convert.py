@@ -6,8 +6,9 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.megatron_folder import has_megatron_weights, write_model_folder
-from megatron_rl.models.weights import PolicyWeights, export_hf, has_hf_weights
+from megatron_rl.models.megatron_folder import write_model_folder
+from megatron_rl.models.stored_tensors import has_hf_weights, has_megatron_weights
+from megatron_rl.models.weights import PolicyWeights, export_hf
 from megatron_rl.observability.console import Console
 from megatron_rl.trainer.policy import Policy
 

@@ -24,6 +24,7 @@ from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.best import best_folder, improvement, save_best
 from megatron_rl.trainer.checkpoint import load_state, save_checkpoint, saved_states
 from megatron_rl.trainer.fleet_start import start_fleet
+from megatron_rl.trainer.model_check import compare, load_reference
 from megatron_rl.trainer.pipeline_model import Progress
 from megatron_rl.trainer.run_models import build_models
 from megatron_rl.trainer.trainer import UpdateResult
@@ -67,6 +68,9 @@ class Experiment:
         self.trainer, self.reference, self.critic = models.trainer, models.reference, models.critic
         if start.resumed:
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
+        reference = None
+        if runtime.is_driver and not start.resumed:
+            reference = load_reference(config, start.arch, start.vocab_limit, self.console)
         self.weight_sync = self._fleet.connect(self.trainer.weights)
         self._parts = self._fleet.parts()
         """What checkpoints carry beside the models, by name, in the order in which it is restored."""
@@ -75,6 +79,9 @@ class Experiment:
             self._parts |= self.generator.parts()
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
         self.weight_sync.sync(start.resumed)
+        if not start.resumed and config.model.check != "off":
+            prompt = self.generator.first_prompt if runtime.is_driver else []
+            compare(reference, config, self.trainer, self._fleet.engines, self.coordinator, self.console, prompt)
         self._drafting = build_drafting(config, runtime, self.trainer, self.coordinator, self._fleet.engines)
         if self._drafting is not None:
             self._parts["drafter"] = self._drafting

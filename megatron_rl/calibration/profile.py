@@ -15,7 +15,8 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
-from megatron_rl.models.weights import has_hf_weights, tensor_files
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights, tensor_files
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.terminal import standard_output
 from megatron_rl.preflight import load_tokenizer
@@ -78,6 +79,12 @@ def profile(config: Config, output: Path, prompts: int, rollouts: Path | None, q
     check_layout(config.model_copy(update=uncalibrated), read_hf_config(config.model.path, config.model.family))
     if not has_hf_weights(config.model.path):
         raise ConfigError(f"model.path={config.model.path!r} has no *.safetensors; give a folder with them.")
+    arch = Architecture.from_folder(config.model.path, config.model.family)
+    if arch.quantization:
+        raise ConfigError(
+            f"model.path={config.model.path!r} is stored quantized; give the model that it was made from."
+        )
+    StoredTensors(config.model.path, arch)
     texts = _texts(config, prompts, rollouts)
     checkpoint = None if quantized is None else QuantizedCheckpoint(quantized)
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16

@@ -76,12 +76,36 @@ def check_experiment(config: Config, command: str) -> None:
         check_layout(config, scratch_config(config.model.scratch))
     else:
         check_layout(config, read_hf_config(config.model.path, config.model.family))
+        check_model(config, engines=command != "sft")
     if command != "sft" and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed; install megatron-rl[cpu] or, with GPUs, megatron-rl[cuda].")
     check_extensions(config, command)
     from megatron_rl.distributed.device import check_device
 
     check_device(config)
+
+
+def check_model(config: Config, engines: bool) -> None:
+    """Whether the model's files hold it, whole and nothing else, and whether engines can run it.
+
+    Args:
+        config: the experiment.
+        engines: whether there will be engines.
+
+    Raises:
+        ConfigError: naming the file or tensor.
+    """
+    from megatron_rl.distributed.device import check_head_dim
+    from megatron_rl.models.architecture import Architecture
+    from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights, has_megatron_weights
+
+    arch = Architecture.from_folder(config.model.path, config.model.family)
+    if engines:
+        check_head_dim(config, arch.head_dim)
+    if has_megatron_weights(config.model.path):
+        return  # loading says what a checkpoint lacks
+    if config.model.scratch is None or has_hf_weights(config.model.path):
+        StoredTensors(config.model.path, arch)
 
 
 def check_extensions(config: Config, command: str) -> None:

@@ -24,6 +24,7 @@ from megatron_rl.config.import_path import import_object
 if TYPE_CHECKING:
     from megatron_rl.config.sections import ScratchModelConfig
 
+
 @dataclass(frozen=True)
 class ModelFamily:
     """What makes a family of models."""

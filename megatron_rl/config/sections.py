@@ -43,7 +43,7 @@ class ModelConfig(Section):
     unknown key is refused: it may change what the model computes."""
     check: Literal["auto", "off"] = "auto"
     """Whether a new run first compares the log-probs of its trainer and its engines with those of transformers, on one
-    short text; `auto`: for models of up to three billion parameters."""
+    short text; `auto`: for models of up to a billion parameters."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Training precision: fp32; bf16 with fp32 master weights; fp8 (needs a GPU and Transformer Engine)."""
     scratch: ScratchModelConfig | None = None

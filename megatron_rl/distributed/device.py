@@ -56,6 +56,23 @@ def check_device(config: Config) -> None:
         )
 
 
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads that vLLM's attention for CPUs has."""
+
+
+def check_head_dim(config: Config, head_dim: int) -> None:
+    """Refuse a model whose heads the engines have no attention for.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    if not on_gpu() and head_dim not in CPU_HEAD_DIMS:
+        raise ConfigError(
+            f"model.path={config.model.path!r} has attention heads of {head_dim}, but vLLM on a CPU computes heads of "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))} only; use another model, or a GPU."
+        )
+
+
 def check_quantization(config: Config) -> None:
     """Refuse precisions of the engines that this machine cannot compute.
 

@@ -75,6 +75,11 @@ class Generator:
             self.overlap = AsyncGeneration(config, Pool(config, self._numbered), fleet, console)
         self._watches: list[Watch] = []
 
+    @property
+    def first_prompt(self) -> list[int]:
+        """Token ids of the first training prompt in the order of the file."""
+        return self._prompts[0].token_ids
+
     def add_watch(self, watch: Watch) -> None:
         """From now on, `watch` sees the rollouts of training steps as they finish; it may use the time between them.
 

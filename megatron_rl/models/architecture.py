@@ -1,7 +1,8 @@
 """What a Hugging Face `config.json` says about a model of one of the families (`megatron_rl.config.families`)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Architecture:
     """The linear layers of the feed-forward layer have biases."""
     window: int | None = None
     """How many tokens each position sees, itself among them; None: all before it."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """How its files hold weights (`quantization_config`); empty: as they are."""
     experts: int = 0
     """Of each layer; 0: the model is dense."""
     experts_per_token: int = 0
@@ -94,6 +97,7 @@ class Architecture:
             init_std=hf.get("initializer_range", 0.02),
             output_bias=attention_bias,
             mlp_bias=bool(hf.get("mlp_bias")),
+            quantization=hf.get("quantization_config") or {},
             window=attention_window(hf, kind, "the model"),
             experts=int(hf["num_experts"]) if kind.mixture else 0,
             experts_per_token=hf["num_experts_per_tok"] if kind.mixture else 0,

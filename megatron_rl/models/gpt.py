@@ -148,13 +148,14 @@ def _layer_spec(architecture: Architecture) -> ModuleSpec:
     return spec
 
 
-def _with_bias(linear: type) -> type:
+def _with_bias(linear: Any) -> Any:
     """`linear` with a bias, whatever megatron-core's `add_bias_linear` says, which decides for all layers at once."""
 
-    def build(self: Any, *arguments: Any, bias: bool, **options: Any) -> None:
-        linear.__init__(self, *arguments, bias=True, **options)
+    class WithBias(linear):
+        def __init__(self, *arguments: Any, bias: bool, **options: Any) -> None:
+            super().__init__(*arguments, bias=True, **options)
 
-    return type(linear.__name__, (linear,), {"__init__": build})
+    return WithBias
 
 
 def build_policy(config: Config, architecture: Architecture) -> GPTModel:

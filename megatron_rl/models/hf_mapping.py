@@ -8,6 +8,7 @@ Terms: a *shard* is the part of the model at one (tensor-parallel rank, pipeline
 are dealt whole: tensor parallelism does not split them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,11 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     if not arch.tied:
         shapes["lm_head.weight"] = (arch.vocab_size, hidden)
     return {arch.family.tensor_name(name): shape for name, shape in shapes.items()}
+
+
+def parameter_count(arch: Architecture) -> int:
+    """Numbers in the whole model."""
+    return sum(math.prod(shape) for shape in hf_shapes(arch).values())
 
 
 def shard_parameters(arch: Architecture, shard: Shard) -> list[Parameter]:

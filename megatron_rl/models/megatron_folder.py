@@ -28,11 +28,6 @@ def load_megatron_weights(model: "GPTModel", folder: str | Path) -> None:
     model.load_state_dict(contents["model"])
 
 
-def has_megatron_weights(folder: str | Path) -> bool:
-    """Whether `folder` holds weights in Megatron's format."""
-    return (local_folder(folder) / "megatron" / "metadata.json").is_file()
-
-
 def write_model_folder(
     contents: dict[str, Any],
     template: str | Path,

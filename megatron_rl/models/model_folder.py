@@ -1,6 +1,7 @@
 """Writes a model folder so that it appears at once, complete."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -99,3 +100,6 @@ def _copy_model_files(template: str | Path, target: Path) -> None:
     for path in local_folder(template).iterdir():
         if path.is_file() and path.suffix in MODEL_FILES and "safetensors" not in path.name:
             shutil.copy(path, target)
+    config = json.loads((target / "config.json").read_text())
+    if config.pop("quantization_config", None) is not None:  # weights are written as the numbers they stand for
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_rl.config import ConfigError
-from megatron_rl.config.hub import local_folder
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_mapping import Block, Parameter, Shard, hf_shapes, local_shape, shard_parameters
 from megatron_rl.models.model_folder import new_model_folder
+from megatron_rl.models.stored_tensors import StoredTensors
 
 EXPORT_SHARD_BYTES = 4 * 2**30
 # With Transformer Engine the norms before a linear layer are part of it.
@@ -67,27 +65,15 @@ def load_hf_weights(model: GPTModel, arch: Architecture, folder: str | Path, pro
         progress: called after every tensor of `model`.
 
     Raises:
-        ConfigError: when the folder has no safetensors, or a tensor is missing or has another shape.
+        ConfigError: when the files are not exactly the model; see `StoredTensors`.
     """
-    files = tensor_files(local_folder(folder), "model.path=")
-    shapes = hf_shapes(arch)
+    stored = StoredTensors(folder, arch)
     live = _live_parameters(model)
     parameters = shard_parameters(arch, current_shard())
     for done, parameter in enumerate(parameters, 1):
         target = live[parameter.name]
         for block in parameter.blocks:
-            if block.hf_name not in files:
-                raise ConfigError(
-                    f"model.path={str(folder)!r} lacks the tensor {block.hf_name}; is it the whole model?"
-                )
-            with safe_open(files[block.hf_name], "pt") as file:
-                stored = file.get_slice(block.hf_name)
-                if tuple(stored.get_shape()) != shapes[block.hf_name]:
-                    raise ConfigError(
-                        f"{files[block.hf_name]}: {block.hf_name} has shape {stored.get_shape()}, but config.json says "
-                        f"{list(shapes[block.hf_name])}."
-                    )
-                target[block.local_index] = stored[block.hf_index].to(target.device, target.dtype)
+            target[block.local_index] = stored.read(block.hf_name, block.hf_index).to(target.device, target.dtype)
         if parameter.name.endswith(("word_embeddings.weight", "output_layer.weight")):
             used = sum(block.local_index[0].stop for block in parameter.blocks)
             target[used:] = 0
@@ -116,26 +102,6 @@ def draw_weights(model: GPTModel, arch: Architecture, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
             full = torch.randn(shape, generator=generator) * std
             target[block.local_index] = full[block.hf_index].to(target.device, target.dtype)
-
-
-def has_hf_weights(folder: str | Path) -> bool:
-    """Whether a model (a folder, or a name on the hub) has safetensors; one to train from scratch has none."""
-    return any(local_folder(folder).glob("*.safetensors"))
-
-
-def tensor_files(folder: Path, key: str) -> dict[str, Path]:
-    """The safetensors file of each tensor in a folder.
-
-    Raises:
-        ConfigError: when there is none; `key` is what the user has set the folder with.
-    """
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    if not files:
-        raise ConfigError(f"{key}{str(folder)!r} has no *.safetensors; it must hold the model's weights.")
-    return files
 
 
 @dataclass(frozen=True)

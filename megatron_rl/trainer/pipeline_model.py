@@ -21,8 +21,9 @@ from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.context_parallel import join
 from megatron_rl.models.gpt import build_policy
-from megatron_rl.models.megatron_folder import has_megatron_weights, load_megatron_weights
-from megatron_rl.models.weights import draw_weights, has_hf_weights, load_hf_weights
+from megatron_rl.models.megatron_folder import load_megatron_weights
+from megatron_rl.models.stored_tensors import has_hf_weights, has_megatron_weights
+from megatron_rl.models.weights import draw_weights, load_hf_weights
 from megatron_rl.observability.console import Console
 from megatron_rl.trainer.batch import Batch, Microbatch, build_microbatch, plan_microbatches
 

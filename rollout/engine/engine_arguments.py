@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config
+from megatron_rl.config.model_fit import read_hf_config
 from rollout.engine.vllm_options import check_sampling_options, check_vllm_options
 from rollout.quantization.quantization_settings import quantization_arguments
 from rollout.speculation.eagle import head_arguments
@@ -67,6 +68,10 @@ def engine_arguments(
     if config.rollout.tp_size > 1:
         # In a Ray actor vLLM would place its workers through Ray; as children they die with the actor.
         arguments["distributed_executor_backend"] = "mp"
+    if read_hf_config(model_path, config.model.family).get("quantization_config"):
+        # The trainer reads quantized files as numbers, and sends those.
+        overrides = config.rollout.vllm.get("hf_overrides", {}) | {"quantization_config": None}
+        arguments["hf_overrides"] = overrides
     arguments |= quantization_arguments(config, engine, model_path, environment.dtype)
     return arguments | _speculation_arguments(config, drafter_path)
 
