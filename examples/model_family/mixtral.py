@@ -2,8 +2,8 @@
 
 from megatron_rl.config.families import ModelFamily
 
-MISTRAL = ModelFamily("MistralForCausalLM")
-"""Computes what Llama computes, under the same names; a sliding window is checked against the longest sequence."""
+MISTRAL = ModelFamily("MistralForCausalLM", "mistral", window="always", defaults={"sliding_window": 4096})
+"""Computes what Llama computes, under the same names, but where `sliding_window` says what a position sees."""
 
 MIXTRAL = ModelFamily(
     "MixtralForCausalLM",

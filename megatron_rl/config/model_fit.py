@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.families import find_family
 from megatron_rl.config.hub import local_folder
-from megatron_rl.config.model_keys import attention_window, check_keys
+from megatron_rl.config.model_keys import attention_window, check_keys, check_required
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ def read_hf_config(path: str, family: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"model.path={path!r} has no config.json; it must hold a Hugging Face model.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}).") from None
-    return find_family(content, family, path).standard(content)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a JSON object.")
+    hf = find_family(content, family, path).standard(content)
+    check_required(hf, path)
+    return hf
 
 
 def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = None) -> None:

@@ -73,6 +73,21 @@ NEUTRAL: dict[str, Any] = {
 """Keys of other models, or of forks, and the value with which they change nothing."""
 
 
+def check_required(hf: Mapping[str, Any], path: str) -> None:
+    """Does a `config.json` say what nothing can be guessed for?
+
+    Args:
+        hf: the content, as `ModelFamily.standard` gives it.
+        path: `model.path`, for messages.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key in REQUIRED:
+        if not hf.get(key):
+            raise ConfigError(f"model.path={path!r}: config.json lacks {key}; it must be a Hugging Face model's.")
+
+
 def check_keys(hf: Mapping[str, Any], family: ModelFamily, path: str, ignored: Collection[str] = ()) -> None:
     """Is everything in `config.json` that changes what the model computes known, and supported?
 
@@ -85,10 +100,7 @@ def check_keys(hf: Mapping[str, Any], family: ModelFamily, path: str, ignored: C
     Raises:
         ConfigError: naming the key.
     """
-    for key in REQUIRED:
-        if not hf.get(key):
-            raise ConfigError(f"model.path={path!r}: config.json lacks {key}; it must be a Hugging Face model's.")
-    if family.model_type not in (None, hf["model_type"]):
+    if family.model_type not in (None, hf.get("model_type", family.model_type)):
         raise ConfigError(
             f"model.path={path!r}: config.json has model_type={hf['model_type']!r} beside the architecture "
             f"{family.architecture}, whose type is {family.model_type!r}; correct one of them."
@@ -133,11 +145,10 @@ def _check_computed(hf: Mapping[str, Any], family: ModelFamily, path: str) -> No
                 f"model.path={path!r} has {key}={hf[key]!r} in its config.json, which vLLM does not compute for "
                 f"{family.architecture}; use another model."
             )
-    derived = hf["hidden_size"] // hf["num_attention_heads"]
-    if not family.free_head_dim and hf.get("head_dim", derived) != derived:
+    if not family.free_head_dim and hf.get("head_dim", 0) * hf["num_attention_heads"] not in (0, hf.get("hidden_size")):
         raise ConfigError(
             f"model.path={path!r} has head_dim={hf['head_dim']} in its config.json, but vLLM takes hidden_size / "
-            f"num_attention_heads = {derived} for {family.architecture}; use another model."
+            f"num_attention_heads for {family.architecture}; use another model."
         )
     attention_window(hf, family, path)
 

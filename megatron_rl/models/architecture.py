@@ -80,7 +80,11 @@ class Architecture:
         hf = kind.standard(hf)
         attention_bias = bool(hf.get("attention_bias"))
         heads = hf["num_attention_heads"]
-        arch = cls(
+        try:
+            positions = rope.parameters(hf)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the model's config.json: {error}") from None
+        return cls(
             hidden_size=hf["hidden_size"],
             layers=hf["num_hidden_layers"],
             heads=heads,
@@ -93,7 +97,7 @@ class Architecture:
             qkv_bias=kind.qkv_bias or attention_bias,
             qk_norm=kind.qk_norm,
             tied=bool(hf.get("tie_word_embeddings", False)),
-            rope=rope.parameters(hf),
+            rope=positions,
             init_std=hf.get("initializer_range", 0.02),
             output_bias=attention_bias,
             mlp_bias=bool(hf.get("mlp_bias")),
@@ -104,11 +108,6 @@ class Architecture:
             normalize_experts=bool(hf.get("norm_topk_prob", False)),
             family=kind,
         )
-        try:
-            arch.inverse_frequencies()
-        except ValueError as error:
-            raise ConfigError(f"the model's config.json: {error}") from None
-        return arch
 
     def padded_vocab(self, tp_size: int) -> int:
         """Vocabulary rows after padding to a multiple of `tp_size`."""

@@ -14,6 +14,7 @@ from tests.test_cli import megatron_rl
 
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "hidden_size": 3584,
     "intermediate_size": 18944,
     "num_attention_heads": 28,

@@ -166,8 +166,8 @@ def test_experts_are_dealt_to_the_processes_of_a_stage():
 
 def test_a_model_that_fits_is_accepted():
     check_layout(_config(parallel={"tp_size": 2, "pp_size": 3}), HF, world_size=12)
-    without_kv = {key: value for key, value in HF.items() if key != "num_key_value_heads"}
-    check_layout(_config(parallel={"tp_size": 3}), without_kv | {"intermediate_size": 513})
+    as_many = {"num_key_value_heads": None, "intermediate_size": 513}
+    check_layout(_config(parallel={"tp_size": 3}), HF | as_many)
 
 
 def test_the_number_of_processes_must_fit():
@@ -196,5 +196,12 @@ def test_a_model_folder_without_a_readable_config_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        read_hf_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(HF))
-    assert read_hf_config(str(tmp_path)) == HF
+    with pytest.raises(ConfigError, match=r"config\.json lacks vocab_size"):
+        read_hf_config(str(tmp_path))
+    whole = HF | {"model_type": "qwen3", "vocab_size": 99, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert read_hf_config(str(tmp_path)).items() >= whole.items()

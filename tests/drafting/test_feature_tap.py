@@ -16,7 +16,7 @@ from tests.models.parity_worker import TEMPERATURE
 
 LAYOUTS = [
     pytest.param(1, 1, id="tp1-pp1", marks=pytest.mark.slow),
-    pytest.param(2, 1, id="tp2-pp1"),
+    pytest.param(2, 1, id="tp2-pp1", marks=pytest.mark.slow),
     pytest.param(1, 2, id="tp1-pp2"),
     pytest.param(2, 2, id="tp2-pp2", marks=pytest.mark.slow),
 ]

@@ -121,6 +121,7 @@ def test_rewards_match_the_prompts_answers(make):
     assert scored.metrics["response/length_mean"] == 2
 
 
+@pytest.mark.slow
 def test_a_broken_reward_is_counted(make):
     generator, _, _ = make(function="tests.generation.test_generator:raising_reward")
     scored = generator.training_rollouts(1)

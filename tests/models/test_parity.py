@@ -34,7 +34,13 @@ def reference(tmp_path_factory):
     return root, results
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SUBSUMED = ("tp2-pp1", "tp1-pp2")
+"""What each splits alone, tp2-pp2 splits together."""
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SUBSUMED)) for name in LAYOUTS]
+)
 def test_logits_logprobs_and_gradients_equal_transformers(layout: str, reference, tmp_path: Path):
     root, expected = reference
     tp, pp, processes = LAYOUTS[layout]

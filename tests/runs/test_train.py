@@ -108,6 +108,7 @@ def test_export_is_the_trained_model(experiment: Path, whole: Path):
     assert 1e-4 < difference < 100
 
 
+@pytest.mark.slow
 def test_export_loads_in_stock_vllm(whole: Path):
     code = (
         "from vllm import LLM, SamplingParams\n"
@@ -120,7 +121,7 @@ def test_export_loads_in_stock_vllm(whole: Path):
     assert "tokens " in done.stdout, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kill_after", [1, 2])
+@pytest.mark.parametrize("kill_after", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_continues_as_if_nothing_had_happened(experiment: Path, whole: Path, kill_after: int):
     run_dir = experiment.parent / f"killed-{kill_after}"
     override = f"run_dir={run_dir}"

@@ -47,7 +47,9 @@ def test_resumed_run_ends_with_the_same_bits(interrupted):
         assert not torch.equal(value, start[name]), f"{name} was not trained"
 
 
-@pytest.mark.parametrize(("tp", "pp", "processes"), [(2, 1, 2), (1, 1, 2)], ids=["tp2", "dp2"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "processes"), [(2, 1, 2), pytest.param(1, 1, 2, marks=pytest.mark.slow)], ids=["tp2", "dp2"]
+)
 def test_layout_may_change_between_save_and_resume(interrupted, tp: int, pp: int, processes: int):
     root, model = interrupted
     output = root / f"tp{tp}-pp{pp}-{processes}"

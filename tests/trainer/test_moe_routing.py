@@ -27,7 +27,7 @@ def test_load_is_told_from_counts_by_hand() -> None:
 @pytest.mark.parametrize(
     ("aux", "z", "budget", "recompute"),
     [
-        (0.3, 0.0, 1000, "none"),
+        pytest.param(0.3, 0.0, 1000, "none", marks=pytest.mark.slow),
         (0.3, 0.2, 60, "full"),
         pytest.param(0.0, 0.2, 60, "selective", marks=pytest.mark.slow),
     ],

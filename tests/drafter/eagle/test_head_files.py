@@ -138,7 +138,8 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
         ({}, {"architectures": ["MedusaModel"]}, "'MedusaModel' is no head"),
         ({}, {"eagle_config": None}, "does not name eagle_aux_hidden_state_layer_ids"),
         ({}, {"target_hidden_size": 64}, "target_hidden_size is 64"),
-        ({}, {"rope_parameters": {"rope_type": "yarn"}}, "config.json: rope_type 'yarn' is not supported"),
+        ({}, {"rope_parameters": {"rope_type": "yarn"}}, "config.json: the yarn rotary embedding lacks factor"),
+        ({}, {"rope_parameters": {"rope_type": "longrope"}}, "config.json: rope_type 'longrope' is not supported"),
     ],
 )
 def test_a_bad_folder_is_refused_in_one_sentence(

@@ -128,6 +128,7 @@ def test_a_restarted_engine_gets_the_weights_of_the_last_sync(model: Path, other
         fleet.shutdown()
 
 
+@pytest.mark.slow
 def test_too_many_deaths_end_the_run(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, max_restarts=0)
     fleet = RolloutFleet(config, make_environment(), str(model), on_restart=lambda index: None)

@@ -83,6 +83,7 @@ def test_a_response_ends_with_the_stop_token_or_at_its_length(fleet: RolloutFlee
             assert len(rollout.token_ids) == 40 and rollout.token_ids[-1] != 1
 
 
+@pytest.mark.slow
 def test_without_its_variable_the_plugin_changes_nothing() -> None:
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"

@@ -312,7 +312,7 @@ def random_eagle3(folder: Path, hidden: int = 64, heads: int = 4, kv_heads: int 
     return folder
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+@pytest.mark.parametrize("method", [pytest.param("draft_model", marks=pytest.mark.slow), "eagle3"])
 def test_model_drafters_draw_with_the_same_noise(
     expected: list[Rollout], model: Path, tmp_path: Path, method: str
 ) -> None:

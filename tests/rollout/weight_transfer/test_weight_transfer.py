@@ -103,7 +103,7 @@ def test_checksums_agree_after_a_sync_and_name_the_tensor_with_one_flipped_bit(
     "architecture",
     [
         pytest.param({"tie_word_embeddings": False, "vocab_size": 100}, id="untied, padded vocabulary"),
-        pytest.param({"model_type": "qwen2", "hidden_size": 128}, id="biases of q, k and v"),
+        pytest.param({"model_type": "qwen2", "hidden_size": 128}, id="biases of q, k and v", marks=pytest.mark.slow),
     ],
 )
 def test_checksums_hold_for_other_architectures_in_bf16(architecture: dict, tmp_path: Path) -> None:
