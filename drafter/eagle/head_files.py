@@ -23,7 +23,12 @@ from drafter.eagle.vocabulary import DraftVocabulary
 _ARCHITECTURES = {"eagle3": "LlamaForCausalLMEagle3", "eagle": "EagleLlamaForCausalLM"}
 _LAYER = {"eagle3": "midlayer.", "eagle": "layers.0."}
 # Variants of the format that compute something other than this head does.
-_UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias")
+_UNSUPPORTED = {
+    **dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias"), False),
+    **dict.fromkeys(("mlp_bias", "bias", "qkv_bias", "qk_norm", "use_qk_norm", "sliding_window"), False),
+    **{"quantization_config": False, "partial_rotary_factor": 1.0, "logit_scale": 1.0},
+}
+"""And the value with which they change nothing, beside null."""
 
 
 def head_tensors(head: EagleHead) -> dict[str, Tensor]:
@@ -104,6 +109,11 @@ def _is_ignored(name: str, config: HeadConfig) -> bool:
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """All tensors of the folder, and a file to name in messages."""
     files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
     if files:
         return files[0], {name: tensor for file in files for name, tensor in load_file(file).items()}
     file = folder / "pytorch_model.bin"
@@ -173,7 +183,8 @@ def _read_config(file: Path, policy_layers: int | None) -> HeadConfig:
     kind: Literal["eagle3", "eagle"] = "eagle3" if "Eagle3" in architecture else "eagle"
     if "Llama" not in architecture or hf.get("num_hidden_layers", 1) != 1 or hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: {architecture!r} is no head of one Llama layer; other heads are not supported.")
-    if active := [key for key in _UNSUPPORTED if hf.get(key) or eagle_config.get(key)]:
+    stated = {**eagle_config, **hf}
+    if active := [key for key, neutral in _UNSUPPORTED.items() if stated.get(key) not in (None, neutral)]:
         raise ValueError(f"{file}: {active[0]} is set; heads with it are not supported.")
     if not eagle_config.get("use_aux_hidden_state", True):
         raise ValueError(f"{file}: use_aux_hidden_state is false; an eagle3 head has to read several depths.")

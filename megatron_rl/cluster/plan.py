@@ -1,5 +1,7 @@
 """`megatron-rl plan`: what an experiment needs and may give on GPUs, before it runs. See docs/plan.md."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from megatron_rl.cluster.model_shape import read_model_shape
@@ -25,6 +27,7 @@ from megatron_rl.cluster.slurm import Job, describe, node_roles
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import check_layout
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights
 from megatron_rl.observability.terminal import Terminal, standard_output
 
 GIB = 2**30
@@ -53,6 +56,8 @@ def plan(config: Config, job: Job, gpu_name: str, prompt_tokens: int | None, res
     world = roles.trainers * job.gpus_per_node
     check_layout(config, hf, world)
     arch = Architecture.from_hf(hf, config.model.family)
+    if Path(config.model.path).is_dir() and has_hf_weights(config.model.path):
+        StoredTensors(config.model.path, arch)
     load = Workload(
         prompt_tokens or config.data.max_prompt_tokens * DEFAULT_SHARE,
         response_tokens or config.rollout.max_tokens * DEFAULT_SHARE,

@@ -120,9 +120,7 @@ class StoredTensors:
         for file in sorted(set(self._files.values())):
             self._headers |= _header(file)
         if (self._folder / MODELOPT).exists():
-            raise ConfigError(
-                f"{self._folder / MODELOPT}: weights quantized by ModelOpt are not read; give plain ones."
-            )
+            raise ConfigError(f"{self._folder / MODELOPT}: weights that ModelOpt quantized are not read; give others.")
         self._decoder = weight_decoder(arch.quantization, f"model.path={str(folder)!r}")
         self._check(arch, str(folder))
 

@@ -121,6 +121,11 @@ def compare(
     if reference is None:
         return
     expected = reference.logprobs(batch, torch.float32)
+    if not torch.isfinite(expected).all():
+        raise ConfigError(
+            f"model.path={config.model.path!r} gives log-probs that are not finite in transformers itself; its weights "
+            "are damaged."
+        )
     noise = float((reference.logprobs(batch, torch.bfloat16) - expected).abs().mean())
     allowed = max(LEAST, NOISE * noise)
     found = {"trainer": (float((ours - expected).abs().mean()), allowed)}

@@ -7,10 +7,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 CHARACTERS = string.digits + string.ascii_letters + " +-*/=().,;:!?<>#@$%&[]{}|~^_'\"\n"
-FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
 
 
@@ -23,7 +30,7 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, seed: int = 0, spread: float = 0.2, **overrides: object) -> Path:
-    """Write a random Qwen3 (or `model_type="qwen2"`, `"qwen3_moe"`) model to `folder`.
+    """Write a random Qwen3 (or another `model_type` of `FAMILIES`) model to `folder`.
 
     `spread` is the standard deviation of the weights (larger: less uniform logits); `overrides` are options of the
     model's configuration, and `dtype`.
