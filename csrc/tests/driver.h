@@ -60,6 +60,7 @@ void for_each_capability(Function run) {
     ++capabilities;
     run(std::string(capability));
   }
+  unsetenv("MEGATRON_RL_CPU_CAPABILITY");  // the last name may be one that this processor does not have
 }
 
 // Prints the result; the exit status.
