@@ -134,8 +134,11 @@ def find_family(hf: Mapping[str, Any], named: str | None = None, path: str | Non
     Raises:
         ConfigError: when `named` is no family or another one, or the architecture is in none.
     """
-    architecture = (hf.get("architectures") or ["?"])[0]
     model = "the model" if path is None else f"model.path={path!r}"
+    named_there = hf.get("architectures")
+    if not (isinstance(named_there, list) and named_there and isinstance(named_there[0], str)):
+        raise ConfigError(f"{model}: config.json names no architectures; it must be a Hugging Face model's.")
+    architecture = named_there[0]
     if named is not None:
         family = _users_family(named)
         if family.architecture != architecture:

@@ -24,6 +24,13 @@ OF_MIXTURES = {
     *("decoder_sparse_step", "mlp_only_layers"),
 }
 
+SIZES = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+}
+NUMBERS = {"rms_norm_eps", "rope_theta", "initializer_range"}
+SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob"}
+
 WITHOUT_EFFECT = {
     # What wrote the file, and what its class returns.
     *("name_or_path", "transformers_version", "torchscript", "return_dict", "return_dict_in_generate", "use_cache"),
@@ -83,9 +90,26 @@ def check_required(hf: Mapping[str, Any], path: str) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for key in REQUIRED:
+    width = "moe_intermediate_size" if "num_experts" in hf else "intermediate_size"
+    for key in (*REQUIRED, width):
         if not hf.get(key):
             raise ConfigError(f"model.path={path!r}: config.json lacks {key}; it must be a Hugging Face model's.")
+    for keys, kind, named in (
+        (SIZES, int, "a whole number above 0"),
+        (NUMBERS, (int, float), "a number above 0"),
+        (SWITCHES, bool, "true or false"),
+    ):
+        for key in keys & hf.keys():
+            value = hf[key]
+            wrong = not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or not value > 0))
+            if wrong:
+                raise ConfigError(f"model.path={path!r}: {key}={value!r} in config.json must be {named}.")
+    heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads", 1)
+    if heads % groups or ("head_dim" not in hf and hf["hidden_size"] % heads):
+        raise ConfigError(
+            f"model.path={path!r}: num_attention_heads={heads} in config.json is no multiple of "
+            f"num_key_value_heads={groups}, or does not divide hidden_size={hf['hidden_size']}."
+        )
 
 
 def check_keys(hf: Mapping[str, Any], family: ModelFamily, path: str, ignored: Collection[str] = ()) -> None:

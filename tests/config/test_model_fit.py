@@ -202,6 +202,19 @@ def test_a_model_folder_without_a_readable_config_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HF))
     with pytest.raises(ConfigError, match=r"config\.json lacks vocab_size"):
         read_hf_config(str(tmp_path))
+    for wrong, sentence in (
+        ({"num_attention_heads": "6"}, "num_attention_heads='6' in config.json must be a whole number above 0"),
+        ({"num_hidden_layers": 6.5}, "num_hidden_layers=6.5"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' in config.json must be a number above 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' in config.json must be true or false"),
+        ({"num_key_value_heads": 4}, "num_attention_heads=6 in config.json is no multiple of num_key_value_heads=4"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({"architectures": None}, "names no architectures"),
+    ):
+        shape = {"model_type": "qwen3", "vocab_size": 99, "hidden_size": 64}
+        (tmp_path / "config.json").write_text(json.dumps(HF | shape | wrong))
+        with pytest.raises(ConfigError, match=sentence):
+            read_hf_config(str(tmp_path))
     whole = HF | {"model_type": "qwen3", "vocab_size": 99, "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(whole))
     assert read_hf_config(str(tmp_path)).items() >= whole.items()
