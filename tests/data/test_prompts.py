@@ -12,6 +12,8 @@ from megatron_rl.models.scratch import character_tokenizer
 
 DATA = DataConfig(max_prompt_tokens=40, arithmetic=ArithmeticConfig(train_size=50, eval_size=20))
 
+TOLERANT = DataConfig(max_prompt_tokens=40, max_left_out=1)
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -85,23 +87,25 @@ def test_broken_lines_are_named_and_left_out(tmp_path, tokenizer, caplog):
     good = {"prompt": "1+1?", "answer": "2"}
     name = _jsonl(tmp_path, [good, '{"prompt": "1', "", "[1]", {"prompt": 3, "answer": "2"}, {"prompt": "x"}, good])
     with caplog.at_level(logging.WARNING):
-        prompts = _load(name, tokenizer)
+        prompts = _load(name, tokenizer, TOLERANT)
     assert len(prompts) == 2
-    assert f"2 of 6 records left out (not a JSON object): {name}:2, {name}:4" in caplog.text
-    assert f"2 of 4 records left out (no usable prompt or answer): {name}:5, {name}:6" in caplog.text
+    assert (
+        f"4 of 6 records left out (2 not a JSON object: {name}:2, {name}:4; 1 a prompt that is neither" in caplog.text
+    )
+    assert f"{name}:5; 1 no answer: {name}:6)" in caplog.text
 
 
 def test_many_broken_lines_are_counted_beyond_the_first_ten(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        _load(_jsonl(tmp_path, ["{"] * 25 + [{"prompt": "p", "answer": "a"}]), tokenizer)
+        _load(_jsonl(tmp_path, ["{"] * 25 + [{"prompt": "p", "answer": "a"}]), tokenizer, TOLERANT)
     assert "25 of 26" in caplog.text
-    assert caplog.text.rstrip().endswith("set.jsonl:10 and 15 more")
+    assert caplog.text.rstrip().endswith("set.jsonl:10 and 15 more)")
 
 
 def test_nothing_but_broken_lines_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match=r"data\.train=.*no line is a JSON object"):
+    with pytest.raises(ConfigError, match=r"data\.train=.*none of 2 records can be used \(2 not a JSON object"):
         _load(_jsonl(tmp_path, ["{", "]"]), tokenizer)
-    with pytest.raises(ConfigError, match="no record has both"):
+    with pytest.raises(ConfigError, match="neither a text nor a list of chat messages"):
         _load(_jsonl(tmp_path, [{"prompt": 1, "answer": "2"}]), tokenizer)
     with pytest.raises(ConfigError, match="has no records"):
         _load(_jsonl(tmp_path, []), tokenizer)
@@ -110,8 +114,8 @@ def test_nothing_but_broken_lines_is_an_error(tmp_path, tokenizer):
 def test_invalid_utf8_is_a_broken_line(tmp_path, tokenizer, caplog):
     file = tmp_path / "set.jsonl"
     file.write_bytes(b'{"prompt": "1+1?", "answer": "2"}\n{"prompt": "\xff\xfe", "answer": "2"}\n')
-    assert len(_load(str(file), tokenizer)) == 1
-    assert "set.jsonl:2" in caplog.text
+    assert len(_load(str(file), tokenizer, TOLERANT)) == 1
+    assert "1 not UTF-8 text: " in caplog.text and "set.jsonl:2" in caplog.text
 
 
 @pytest.mark.parametrize(
