@@ -26,8 +26,8 @@ def read_parquet(file: Path, intake: Intake) -> Rows:
     import pyarrow.parquet
 
     try:
-        # Columns are those of the file, not also those that the names of its folders suggest.
-        table = pyarrow.parquet.read_table(file, partitioning=None)
+        # Not read_table: it adds columns that names of folders suggest, and takes no column twice.
+        table = pyarrow.parquet.ParquetFile(file).read()
     except Exception as error:  # of a damaged file, whatever its bytes mean
         raise ConfigError(f"{intake.key}={str(file)!r} is not a readable Parquet file ({first_line(error)}).") from None
     intake.total += table.num_rows

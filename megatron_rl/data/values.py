@@ -149,7 +149,8 @@ def identifier(value: Any) -> str | None:
     value = plain(value)
     if value is None or value == "" or not _is_finite(value):
         return None
-    return text_of(value, "id")
+    # pandas makes floats of a column of integers where one is missing.
+    return text_of(int(value) if isinstance(value, float) and value.is_integer() else value, "id")
 
 
 def as_dict(value: Any) -> dict[str, Any]:
