@@ -1,4 +1,4 @@
-"""How many cases are tried: a hundred of each kind, always the same, or as many as `make fuzz` says, always others."""
+"""How many cases are tried: fifty of each kind, always the same, or as many as `make fuzz` says, always others."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
 settings.register_profile(
     "records",
-    max_examples=EXAMPLES or 100,
+    max_examples=EXAMPLES or 50,
     derandomize=EXAMPLES == 0,
     database=None,
     deadline=None,
