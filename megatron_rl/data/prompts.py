@@ -283,7 +283,7 @@ def _encode(
         for start in range(0, len(chosen), ENCODED_AT_ONCE):
             part = chosen[start : start + ENCODED_AT_ONCE]
             try:
-                encoded = tokenizer([text for _, text in part], add_special_tokens=special)["input_ids"]
+                encoded = tokenizer([text for _, text in part], add_special_tokens=special, verbose=False)["input_ids"]
                 found = dict(zip((where for where, _ in part), encoded, strict=True))
             except Exception:  # of one of them; each is tried alone
                 found = {where: intake.attempt(where, _encode_one, text, tokenizer, special) for where, text in part}
@@ -294,7 +294,7 @@ def _encode(
 
 
 def _encode_one(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _some_tokens(token_ids: Sequence[int]) -> list[int]:
