@@ -77,7 +77,10 @@ def _read(file: Path, chain: list[Path]) -> DictConfig:
         raise ConfigError(f"{file} is not valid YAML: {_in_words(error)}.") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{file} must hold `key: value` pairs.")
-    base = content.pop("base", None)
+    try:
+        base = content.pop("base", None)
+    except Exception as error:  # an interpolation
+        raise ConfigError(f"{file}: `base:` must be the name of a file: {_in_words(error)}.") from None
     if base is None:
         return content
     return OmegaConf.merge(_read(file.parent / str(base), [*chain, resolved]), content)  # type: ignore[return-value]

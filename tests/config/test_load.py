@@ -208,11 +208,12 @@ def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new:
         (f"train: {{seed: {'9' * 5000}}}", "is not valid YAML: Exceeds the limit (4300 digits)"),
         ("rollout: {vllm: " + "[" * 3000 + "]" * 3000 + "}", "is not valid YAML: "),
         ('base: "a\\0b"', "cannot be read (embedded null byte)."),
+        ("base: ${train.lr}", "`base:` must be the name of a file: "),
         ("rollout: {vllm: {x: !!binary aGk=}}", "rollout.vllm.x holds a value of type bytes"),
         ("rollout: {vllm: {1: x}}", "rollout.vllm has the key 1"),
         ('"\\x85": 1', "unknown key \\x85"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_whatever_yaml_can_write_is_a_config_or_one_line(load, text, part):
     message = _error(load, MINIMAL + text + "\n")
