@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves; the first run takes a few minutes, later ones start at once.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test test-all test-newest-megatron lint format docs sanitize clean setup help
+.PHONY: demo test test-all test-newest-megatron fuzz lint format docs sanitize clean setup help
 
 # Importing torch, vLLM and megatron-core from source alone takes ten seconds more in every process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,6 +41,12 @@ test: $(READY)  ## the tests, without those that take minutes
 
 test-all: $(READY)  ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The property-based tests with so many cases each, most of which are several lines or rows: tens of thousands together.
+# They are others each time; a failure prints its case and how to repeat it.
+FUZZ_EXAMPLES ?= 4000
+fuzz: $(READY)  ## minutes of odd and broken records, tables and configs (FUZZ_EXAMPLES=4000)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest -n 2 --dist load tests/fuzz
 
 # What of the tests stands on megatron-core, except whole runs and those with engines.
 test-newest-megatron: $(OTHER_MEGATRON)/.ready  ## the trainer's tests on another megatron-core (MEGATRON=0.19.2)

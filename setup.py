@@ -175,7 +175,7 @@ setup(
             'transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < "3.12"',
             'transformer-engine[core_cu13,pytorch]>=2.14; python_version >= "3.12"',
         ],
-        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "uv"],
+        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "hypothesis", "uv"],
     },
     entry_points={
         "console_scripts": ["megatron-rl=megatron_rl.cli:main"],

@@ -42,6 +42,14 @@ class Format(StrEnum):
     megatron = "megatron"
 
 
+class Purpose(StrEnum):
+    """What reads a set of `megatron-rl data check`."""
+
+    train = "train"
+    sft = "sft"
+    eval = "eval"
+
+
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train with reinforcement learning; starts its own trainer processes unless torchrun or srun has."""
@@ -121,13 +129,32 @@ def prepare_data(
     template: Annotated[
         str | None, typer.Option("--template", help="User message, with {problem}; default: the set's own.")
     ] = None,
+    max_left_out: Annotated[
+        float, typer.Option("--max-left-out", min=0, max=1, help="Share of a set's records that may be unusable.")
+    ] = 0.05,
 ) -> None:
     """Write a public training set as Parquet, without duplicates and without problems of evaluation sets."""
     from megatron_rl.data.prepare import prepare
     from megatron_rl.observability.console import Console
 
     sets = [] if against == "none" else _listed(against)
-    prepare(name, output, sets, ngram, keep_overlaps, template, Console(enabled=True))
+    prepare(name, output, sets, ngram, keep_overlaps, template, max_left_out, Console(enabled=True))
+
+
+@data_app.command("check")
+def check_data(
+    name: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A set as in data.train or data.eval.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    purpose: Annotated[Purpose, typer.Option("--for", help="What will read it.")] = Purpose.train,
+    records: Annotated[int, typer.Option("--records", min=0, help="So many of the first records are printed.")] = 3,
+) -> None:
+    """Print what a run would read: counts, lengths, the first records as the model sees them, and what is left out."""
+    from megatron_rl.config import load_config
+    from megatron_rl.config.hub import pin_model
+    from megatron_rl.data.check import check
+
+    check(name, pin_model(load_config(config, overrides or [])), purpose.value, records)
 
 
 def _listed(text: str) -> list[str]:

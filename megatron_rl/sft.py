@@ -2,11 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_rl.config import Config, ConfigError
+from megatron_rl.config import Config
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.runtime import initialize, shutdown
@@ -34,14 +33,9 @@ def run(config: Config) -> None:
         make_scratch_model(folder, config.model.scratch)
     torch.distributed.barrier()
     start = begin(config, runtime)
-    prompts = load_prompts(config.data.train, config.data, start.tokenizer, config.data.split, False, needs="response")
-    responses = _encode_responses(prompts, start.tokenizer)
-    longest = max(len(prompt.token_ids) + len(ids) for prompt, ids in zip(prompts, responses, strict=True))
-    if longest > min(start.arch.max_positions, config.train.tokens_per_microbatch):
-        raise ConfigError(
-            f"data.train={config.data.train!r} has a demonstration of {longest} tokens with its prompt; the model "
-            f"takes {start.arch.max_positions} and train.tokens_per_microbatch is {config.train.tokens_per_microbatch}."
-        )
+    data, longest = config.data, min(start.arch.max_positions, config.train.tokens_per_microbatch)
+    prompts = load_prompts(data.train, data, start.tokenizer, data.split, False, needs="response", max_tokens=longest)
+    responses = [[*(prompt.response_ids or []), start.tokenizer.eos_token_id] for prompt in prompts]
     trainer = Trainer(config, runtime, start.arch, start.vocab_limit, temperature=1.0)
     if start.resumed:
         load_checkpoint(trainer, config.run_dir, start.resumed)
@@ -87,9 +81,3 @@ def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], r
                 save_checkpoint(trainer, config.run_dir, step, config.checkpoint.keep)
     if logger is not None:
         logger.close()
-
-
-def _encode_responses(prompts: list[Prompt], tokenizer: Any) -> list[list[int]]:
-    texts = [prompt.response_text or "" for prompt in prompts]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [ids + [tokenizer.eos_token_id] for ids in encoded]

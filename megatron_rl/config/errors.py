@@ -6,3 +6,8 @@ class ConfigError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+    def __init__(self, sentence: str) -> None:
+        """What files and keys bring into the sentence cannot break its line, nor the terminal: line ends, control
+        characters and halves of surrogate pairs are written as escapes."""
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence))

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_rl.config.errors import ConfigError
@@ -25,15 +24,31 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one sentence that names the file or key, the value and the remedy.
     """
-    merged = OmegaConf.merge(_read(Path(file), []), _parse_overrides(overrides))
+    content, changes = _read(Path(file), []), _parse_overrides(overrides)
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {str(error).splitlines()[0].rstrip('.')}.") from None
+        values = OmegaConf.to_container(OmegaConf.merge(content, changes), resolve=True)
+    except Exception as error:  # of interpolations, and of what YAML can write and a config cannot hold
+        message = str(error).strip() or type(error).__name__
+        raise ConfigError(f"{file}: {message.splitlines()[0].rstrip('.')}.") from None
+    _check_types(values, "", file)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{file}: {describe(error)}") from None
+
+
+def _check_types(value: Any, key: str, file: str | Path) -> None:
+    """Only what YAML writes as it reads it: `run_dir/config.yaml` has to be the same experiment."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{file}: {key or 'the top level'} has the key {name!r}, which is no text; quote it.")
+            _check_types(item, f"{key}.{name}".lstrip("."), file)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            _check_types(item, f"{key}[{place}]", file)
+    elif value is not None and not isinstance(value, str | int | float):
+        raise ConfigError(f"{file}: {key} holds a value of type {type(value).__name__}; write a text or a number.")
 
 
 def save_config(config: Config, file: Path) -> None:
@@ -45,7 +60,10 @@ def save_config(config: Config, file: Path) -> None:
 
 
 def _read(file: Path, chain: list[Path]) -> DictConfig:
-    resolved = file.resolve()
+    try:
+        resolved = file.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a link to itself
+        raise ConfigError(f"{file} cannot be read ({error}).") from None
     if resolved in chain:
         raise ConfigError(f"{file}: `base:` leads back to itself; remove the loop.")
     try:
@@ -55,11 +73,14 @@ def _read(file: Path, chain: list[Path]) -> DictConfig:
         raise ConfigError(f"{file}{origin} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}).") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except Exception as error:  # YAML's constructors pass on what dates, numbers and depths raise
+        raise ConfigError(f"{file} is not valid YAML: {_in_words(error)}.") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{file} must hold `key: value` pairs.")
-    base = content.pop("base", None)
+    try:
+        base = content.pop("base", None)
+    except Exception as error:  # an interpolation
+        raise ConfigError(f"{file}: `base:` must be the name of a file: {_in_words(error)}.") from None
     if base is None:
         return content
     return OmegaConf.merge(_read(file.parent / str(base), [*chain, resolved]), content)  # type: ignore[return-value]
@@ -71,8 +92,12 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(f"override {text!r} must have the form key.path=value.")
     try:
         return OmegaConf.from_dotlist(list(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}.") from None
+    except Exception as error:  # as in _read
+        raise ConfigError(f"overrides {' '.join(overrides)}: {_in_words(error)}.") from None
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def describe(error: ValidationError) -> str:

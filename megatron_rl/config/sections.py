@@ -113,13 +113,16 @@ class DataConfig(Section):
     eval_split: str = "test"
     """Split to read for the sets of `eval` that are `datasets` names."""
     prompt_key: str = "prompt"
-    """Column with the prompt: a text, or a list of chat messages."""
+    """Column with the prompt: a text, or a list of chat messages (also as JSON text)."""
     answer_key: str = "answer"
     """Column with the reference answer (verl's `reward_model.ground_truth` is understood without this)."""
     response_key: str = "response"
-    """Column with the demonstration to imitate, for `sft`."""
+    """Column with the demonstration to imitate, for `sft`: a text, or a list with one message of the assistant."""
     max_prompt_tokens: PositiveInt = 1024
-    """Longer prompts are left out, and counted in the log."""
+    """Longer prompts are left out, and counted in the log; they do not count as records that cannot be used."""
+    max_left_out: float = Field(0.05, ge=0, le=1)
+    """Share of a set's records that may be left out because they cannot be used (see `docs/data.md`); with more, the
+    run ends before it starts."""
     seed: int = 0
     """Seed of the order in which prompts are visited (and of the arithmetic generator)."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()

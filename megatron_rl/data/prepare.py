@@ -5,14 +5,15 @@ Duplicates and problems with contradictory answers go, and so do problems that o
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
 from megatron_rl.data.decontamination import OverlapIndex
-from megatron_rl.data.public import EVALUATION, PROBLEM, TRAINING, Problem, read_problems, split_spec
+from megatron_rl.data.intake import Intake
+from megatron_rl.data.public import EVALUATION, PROBLEM, TRAINING, Problem, PublicSet, read_problems, split_spec
 from megatron_rl.observability.console import Console
 
 
@@ -34,6 +35,7 @@ def prepare(
     ngram: int,
     keep_overlaps: bool,
     template: str | None,
+    max_left_out: float,
     console: Console,
 ) -> None:
     """Write the set and, beside it, `<output>.overlaps.jsonl` with what overlaps.
@@ -45,6 +47,7 @@ def prepare(
         ngram: so many equal tokens in a row are an overlap.
         keep_overlaps: leave overlapping problems in; the file beside it names them all the same.
         template: the user's message, in which `{problem}` stands for the problem; None: the set's own.
+        max_left_out: share in [0, 1] of a set's records that may be left out because they cannot be used.
         console: where the counts are shown.
 
     Raises:
@@ -52,10 +55,10 @@ def prepare(
     """
     check(spec, output, against, template)
     name = spec.partition("=")[0]
-    problems = read_problems(spec, TRAINING, "NAME")
+    problems = _usable_problems(spec, TRAINING, "NAME", max_left_out)
     unique, duplicates, contradictory = deduplicate(problems)
     with console.phase("comparing", len(unique)) as phase:
-        overlaps = find_overlaps(unique, against, ngram, phase.advance)
+        overlaps = find_overlaps(unique, against, ngram, max_left_out, phase.advance)
     removed = set() if keep_overlaps else {overlap.problem.index for overlap in overlaps}
     kept = [problem for problem in unique if problem.index not in removed]
     if not kept:
@@ -110,7 +113,11 @@ def deduplicate(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
 
 
 def find_overlaps(
-    problems: Iterable[Problem], against: Sequence[str], ngram: int, on_compared: Callable[[], None] = lambda: None
+    problems: Iterable[Problem],
+    against: Sequence[str],
+    ngram: int,
+    max_left_out: float,
+    on_compared: Callable[[], None] = lambda: None,
 ) -> list[BenchmarkOverlap]:
     """The problems that share tokens with a problem of an evaluation set.
 
@@ -118,6 +125,7 @@ def find_overlaps(
         problems: of a training set.
         against: `NAME` or `NAME=FILE` of the evaluation sets.
         ngram: so many equal tokens in a row are an overlap.
+        max_left_out: share in [0, 1] of a set's records that may be left out.
         on_compared: called after every problem.
 
     Raises:
@@ -126,7 +134,7 @@ def find_overlaps(
     index = OverlapIndex(ngram)
     for spec in against:
         name = spec.partition("=")[0]
-        heldout = read_problems(spec, EVALUATION, "--against")
+        heldout = _usable_problems(spec, EVALUATION, "--against", max_left_out)
         index.add((f"{name}/{problem.index}", problem.text) for problem in heldout)
     overlaps = []
     for problem in problems:
@@ -134,6 +142,13 @@ def find_overlaps(
             overlaps.append(BenchmarkOverlap(problem, *found))
         on_compared()
     return overlaps
+
+
+def _usable_problems(spec: str, sets: Mapping[str, PublicSet], key: str, max_left_out: float) -> list[Problem]:
+    intake = Intake(spec, key, "--max-left-out", max_left_out)
+    problems = read_problems(spec, sets, intake)
+    intake.conclude()
+    return list(problems.values())
 
 
 def overlaps_file(output: Path) -> Path:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_rl.config import ConfigError
-from megatron_rl.data.rows import Row, read_rows, warn_broken
+from megatron_rl.data.chat import read_messages
+from megatron_rl.data.intake import BrokenRecord, Intake, Row, described
+from megatron_rl.data.rows import read_rows
+from megatron_rl.data.values import as_dict, plain, text_of
 
 PROBLEM = "{problem}"  # in templates; not str.format, because LaTeX is full of braces
 BOXED = PROBLEM + "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -55,31 +58,40 @@ class PublicSet:
 
 def _user_message(row: Row, beginning: str = "", ending: str = "") -> str:
     """The last user message of verl's `prompt`, without the set's own instruction around the problem."""
-    text = [message["content"] for message in row["prompt"] if message["role"] == "user"][-1].strip()
-    return str(text.removeprefix(beginning.strip()).removesuffix(ending.strip()))
+    texts = [message["content"] for message in read_messages(row["prompt"]) if message["role"] == "user"]
+    text = str(texts[-1]).strip()
+    return text.removeprefix(beginning.strip()).removesuffix(ending.strip())
 
 
 def _listed(value: Any) -> str:
     """OlympiadBench's answers: a list of LaTeX texts, or its Python source, as one text."""
     parts = ast.literal_eval(value) if isinstance(value, str) and value.startswith("[") else value
-    return ", ".join(str(part).strip().strip("$") for part in parts) if isinstance(parts, list | tuple) else str(parts)
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    return ", ".join(text_of(part, "answer").strip().strip("$") for part in parts)
 
 
 def _choices(row: Row) -> str:
-    lines = [f"{chr(ord('A') + place)}. {choice}" for place, choice in enumerate(row["choices"])]
-    return "\n".join([row["question"], "", *lines])
+    choices = [text_of(choice, "choice") for choice in row["choices"]]
+    lines = [f"{chr(ord('A') + place)}. {choice}" for place, choice in enumerate(choices)]
+    return "\n".join([text_of(row["question"], "problem"), "", *lines])
 
 
 def _letter(row: Row) -> str:
-    return chr(ord("A") + int(row["answer"]))
+    number = int(row["answer"])
+    if not 0 <= number < len(row["choices"]):
+        raise BrokenRecord("an answer that is none of the choices")
+    return chr(ord("A") + number)
 
 
 def _after_hashes(row: Row) -> str:
-    return str(row["answer"]).rpartition("####")[2].strip()
+    _, hashes, answer = str(row["answer"]).rpartition("####")
+    if not hashes:
+        raise BrokenRecord("no #### in front of an answer")
+    return answer.strip()
 
 
 def _ground_truth(row: Row) -> Any:
-    return row["reward_model"]["ground_truth"]
+    return as_dict(row["reward_model"])["ground_truth"]
 
 
 def _column(name: str) -> Callable[[Row], Any]:
@@ -154,60 +166,60 @@ def split_spec(spec: str, sets: Mapping[str, PublicSet]) -> tuple[str, str | Non
     return (name, file if equals else None) if name in sets else None
 
 
-def read_problems(spec: str, sets: Mapping[str, PublicSet], key: str) -> list[Problem]:
-    """The problems of a public set in the order of its rows; broken rows are left out and named in the log.
+def read_problems(spec: str, sets: Mapping[str, PublicSet], intake: Intake) -> dict[str, Problem]:
+    """The problems of a public set in the order of its rows, each by its place for messages.
 
     Args:
         spec: `NAME` or `NAME=FILE`.
         sets: `EVALUATION` or `TRAINING`.
-        key: the key or option that holds `spec`, for messages.
+        intake: of the set; it counts the rows, and names those that are left out.
 
     Raises:
         ConfigError: when there is no such set, it cannot be read, lacks a column, or has no usable row.
     """
+    key = intake.key
     parts = split_spec(spec, sets)
     if parts is None:
         raise ConfigError(f"{key}={spec!r} is not a public set; there are {', '.join(sets)}.")
     public = sets[parts[0]]
     try:
-        rows = read_rows(parts[1] or public.source, key, public.split)
+        rows = read_rows(parts[1] or public.source, public.split, intake)
     except ConfigError as error:
         if parts[1]:
             raise
         raise ConfigError(f"{error} Without a network, give a local copy: {parts[0]}=FILE.") from None
     columns = {column for _, row in rows for column in row}
-    if missing := [column for column in public.columns if column not in columns]:
+    if rows and (missing := [column for column in public.columns if column not in columns]):
         raise ConfigError(
             f"{key}={spec!r} lacks the column {missing[0]} of {public.source}; it has {', '.join(sorted(columns))}."
         )
-    problems, broken = [], []
+    problems = {}
     for index, (where, row) in enumerate(rows):
-        problem = _problem(public, index, row)
+        if _is_foreign(public, row):
+            continue
+        problem = intake.attempt(where, _problem, public, index, row)
         if problem is not None:
-            problems.append(problem)
-        elif not _is_foreign(public, row):
-            broken.append(where)
-    if not problems:
+            problems[where] = problem
+    if not problems and not intake.left_out:
         raise ConfigError(f"{key}={spec!r} has no row with a problem and an answer as in {public.source}.")
-    warn_broken(broken, len(rows), "no problem or answer")
     return problems
 
 
 def _is_foreign(public: PublicSet, row: Row) -> bool:
     try:
         return not public.belongs(row)
-    except KeyError:
+    except Exception:  # what is wrong with the row is found when its problem is read
         return False
 
 
-def _problem(public: PublicSet, index: int, row: Row) -> Problem | None:
-    if _is_foreign(public, row):
-        return None
+def _problem(public: PublicSet, index: int, row: Row) -> Problem:
     try:
+        row = {column: plain(row[column]) for column in public.columns}
         text, answer = public.text(row), public.answer(row)
-    except (KeyError, IndexError, TypeError, ValueError, SyntaxError, AttributeError):
-        return None  # counted by the caller as broken
-    if not isinstance(text, str) or not text.strip() or not isinstance(answer, str | int | float):
-        return None
-    answer = str(answer).strip()
-    return Problem(index, text.strip(), answer) if answer else None
+    except BrokenRecord:
+        raise
+    except Exception as error:  # the row has another shape than those of the set
+        raise BrokenRecord(f"no problem or answer as in {public.source}", described(error)) from None
+    if not isinstance(text, str):
+        raise BrokenRecord("a problem that is not a text")
+    return Problem(index, text_of(text, "problem").strip(), text_of(answer, "answer").strip())

@@ -1,29 +1,28 @@
 """Rows of a data set, as dicts, from JSONL, Parquet, a user's function or a `datasets` name."""
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.import_path import IMPORT_PATH, import_object
+from megatron_rl.data.intake import TOO_DEEP, BrokenRecord, Intake, Row, Rows, described, first_line, printable
+from megatron_rl.data.parquet import read_parquet
 
-log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-NAMED = 10  # so many broken records are named in a warning, the rest are counted
+READ_AT_ONCE = 1000  # rows of a `datasets` set
 
 
-def read_rows(name: str, key: str, split: str) -> list[tuple[str, Row]]:
-    """All rows of a set, each with its place (`file:line` or `name:row`) for messages.
+def read_rows(name: str, split: str, intake: Intake) -> Rows:
+    """All rows of a set that can be read; the intake counts them, and names the others.
 
     Args:
         name: a `.jsonl` or `.parquet` file; a user's function as `package.module:function` (see `is_function`); or a
             `datasets` name, `name:configuration`, or `name:file` with a file in it, when it has several.
-        key: the config key that holds `name`, for messages.
         split: split of a `datasets` name.
+        intake: of the set; its key stands in messages.
 
     Raises:
         ConfigError: when there is nothing to read, with the reason.
@@ -32,11 +31,11 @@ def read_rows(name: str, key: str, split: str) -> list[tuple[str, Row]]:
     # With a colon it may also be a file within a data set.
     if name.endswith((".jsonl", ".parquet")) and (":" not in name or file.is_file()):
         if not file.is_file():
-            raise ConfigError(f"{key}={name!r}: the file does not exist.")
-        return _read_jsonl(file, key) if name.endswith(".jsonl") else _read_parquet(file, key)
-    if Path(name).is_file():
-        raise ConfigError(f"{key}={name!r} must be a .jsonl or .parquet file.")
-    return _read_function(name, key) if is_function(name) else _read_hub(name, key, split)
+            raise ConfigError(f"{intake.key}={name!r}: the file does not exist.")
+        return _read_jsonl(file, intake) if name.endswith(".jsonl") else read_parquet(file, intake)
+    if file.is_file():
+        raise ConfigError(f"{intake.key}={name!r} must be a .jsonl or .parquet file.")
+    return _read_function(name, intake) if is_function(name) else _read_hub(name, split, intake)
 
 
 def is_function(name: str) -> bool:
@@ -51,43 +50,56 @@ def is_function(name: str) -> bool:
     return "." in module or find_spec(module) is not None
 
 
-def warn_broken(where: list[str], total: int, problem: str) -> None:
-    """Log one warning that counts and names the records left out."""
-    if where:
-        more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
-        log.warning("%d of %d records left out (%s): %s%s", len(where), total, problem, ", ".join(where[:NAMED]), more)
-
-
-def _read_jsonl(file: Path, key: str) -> list[tuple[str, Row]]:
-    rows: list[tuple[str, Row]] = []
-    broken: list[str] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append((f"{file}:{number}", row))
-            else:
-                broken.append(f"{file}:{number}")
-    if broken and not rows:
-        raise ConfigError(f"{key}={str(file)!r}: no line is a JSON object (the first is {broken[0]}).")
-    warn_broken(broken, len(rows) + len(broken), "not a JSON object")
+def _read_jsonl(file: Path, intake: Intake) -> Rows:
+    rows: Rows = []
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                intake.total += 1
+                row = intake.attempt(where := f"{file}:{number}", _json_object, line)
+                if row is not None:
+                    rows.append((where, row))
+    except OSError as error:
+        raise ConfigError(f"{intake.key}={str(file)!r} cannot be read ({first_line(error)}).") from None
     return rows
 
 
-def _read_parquet(file: Path, key: str) -> list[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _json_object(line: bytes) -> Row:
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{key}={str(file)!r} is not a readable Parquet file ({_first_line(error)}).") from None
-    return [(f"{file}:{i}", row) for i, row in enumerate(table.to_pylist())]
+        # A byte order mark is at the start of a file, or in the middle of one put together from several.
+        text = line.decode().removeprefix("\ufeff")
+        row = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=_number)
+    except UnicodeDecodeError:
+        raise BrokenRecord("not UTF-8 text") from None
+    except RecursionError:
+        raise BrokenRecord(TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise BrokenRecord("not a JSON object", first_line(error)) from None
+    if not isinstance(row, dict):
+        raise BrokenRecord("not a JSON object")
+    return row
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise BrokenRecord("the same key twice in a JSON object")
+    return row
+
+
+def _integer(text: str) -> int | Decimal:
+    try:
+        return int(text)
+    except ValueError:  # Python reads no int of more than 4300 digits
+        return Decimal(text)
+
+
+def _number(text: str) -> float | Decimal:
+    """A float, or a Decimal where a float would be another number."""
+    value, exact = float(text), Decimal(text)
+    return value if Decimal(repr(value)) == exact else exact
 
 
 def find_function(name: str, key: str) -> Callable[[], Iterable[Any]]:
@@ -110,25 +122,26 @@ def find_function(name: str, key: str) -> Callable[[], Iterable[Any]]:
     return function  # type: ignore[no-any-return]
 
 
-def _read_function(name: str, key: str) -> list[tuple[str, Row]]:
+def _read_function(name: str, intake: Intake) -> Rows:
     """The records of a user's function: called without arguments, it returns or yields mappings, finitely many.
 
     A run that is resumed, and every trainer process of `sft`, calls it again and relies on the same records in the same
     order.
     """
-    function = find_function(name, key)
-    rows: list[tuple[str, Row]] = []
-    broken: list[str] = []
-    records = _call(function, name, key)
-    for index, record in enumerate(records):
-        if isinstance(record, Mapping):
-            rows.append((f"{name}:{index}", dict(record)))
-        else:
-            broken.append(f"{name}:{index}")
-    if broken and not rows:
-        raise ConfigError(f"{key}={name!r}: no record is a dict (the first is {records[0]!r:.60}).")
-    warn_broken(broken, len(records), "not a dict")
+    function = find_function(name, intake.key)
+    rows: Rows = []
+    for index, record in enumerate(_call(function, name, intake.key)):
+        intake.total += 1
+        row = intake.attempt(where := f"{name}:{index}", _row_of_mapping, record)
+        if row is not None:
+            rows.append((where, row))
     return rows
+
+
+def _row_of_mapping(record: Any) -> Row:
+    if not isinstance(record, Mapping):
+        raise BrokenRecord("not a dict", printable(repr(record)))
+    return {str(column): value for column, value in record.items()}
 
 
 def _call(function: Callable[[], Iterable[Any]], name: str, key: str) -> list[Any]:
@@ -138,12 +151,12 @@ def _call(function: Callable[[], Iterable[Any]], name: str, key: str) -> list[An
             records.append(record)
     except Exception as error:
         raise ConfigError(
-            f"{key}={name!r} failed after {len(records)} records with {type(error).__name__}: {_first_line(error)}."
+            f"{key}={name!r} failed after {len(records)} records with {type(error).__name__}: {first_line(error)}."
         ) from error
     return records
 
 
-def _read_hub(name: str, key: str, split: str) -> list[tuple[str, Row]]:
+def _read_hub(name: str, split: str, intake: Intake) -> Rows:
     import datasets
 
     repository, _, part = name.partition(":")
@@ -152,14 +165,27 @@ def _read_hub(name: str, key: str, split: str) -> list[tuple[str, Row]]:
             data = datasets.load_dataset(repository, data_files={split: part}, split=split)
         else:
             data = datasets.load_dataset(repository, part or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of the hub, of builders, of readers of many formats
+        reason = first_line(error) if isinstance(error, OSError | ValueError) else described(error)
         raise ConfigError(
-            f"{key}={name!r} is neither a .jsonl or .parquet file, nor a function package.module:function, nor a data "
-            f"set that can be loaded, split {split!r} ({_first_line(error)})."
+            f"{intake.key}={name!r} is neither a .jsonl or .parquet file, nor a function package.module:function, nor "
+            f"a data set that can be loaded, split {split!r} ({reason})."
         ) from None
-    return [(f"{name}:{i}", dict(row)) for i, row in enumerate(data)]
+    rows: Rows = []
+    for start in range(0, len(data), READ_AT_ONCE):
+        chosen = range(start, min(start + READ_AT_ONCE, len(data)))
+        intake.total += len(chosen)
+        block: list[Row | None] = _block(data, chosen) or [
+            intake.attempt(f"{name}:{i}", data.__getitem__, i) for i in chosen
+        ]
+        rows += [(f"{name}:{i}", row) for i, row in zip(chosen, block, strict=True) if row is not None]
+    return rows
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+def _block(data: Any, chosen: range) -> list[Row | None]:
+    """Many rows at a time, which is faster than one by one; none when one of them cannot be decoded."""
+    try:
+        columns = data[chosen.start : chosen.stop]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except Exception:  # each row is tried alone then
+        return []

@@ -199,3 +199,27 @@ def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new:
     file.write_text("model: {path: m}\nrun_dir: r\n")
     with pytest.raises(ConfigError, match=f"called {re.escape(new)} now"):
         load_config(file, [old])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("train: {seed: !!timestamp 2024-99-99}", "is not valid YAML: month must be in 1..12."),
+        (f"train: {{seed: {'9' * 5000}}}", "is not valid YAML: Exceeds the limit (4300 digits)"),
+        ("rollout: {vllm: " + "[" * 3000 + "]" * 3000 + "}", "is not valid YAML: "),
+        ('base: "a\\0b"', "cannot be read (embedded null byte)."),
+        ("base: ${train.lr}", "`base:` must be the name of a file: "),
+        ("rollout: {vllm: {x: !!binary aGk=}}", "rollout.vllm.x holds a value of type bytes"),
+        ("rollout: {vllm: {1: x}}", "rollout.vllm has the key 1"),
+        ('"\\x85": 1', "unknown key \\x85"),
+    ],
+    ids=range(8),
+)
+def test_whatever_yaml_can_write_is_a_config_or_one_line(load, text, part):
+    message = _error(load, MINIMAL + text + "\n")
+    assert part in message and message.isprintable()
+
+
+def test_an_override_with_control_characters_or_endless_digits_is_one_line(load):
+    for override in ("train.seed=" + "9" * 5000, "model=\f", "train.lr=\x85", "data.train=\ud800\x00"):
+        assert _error(load, MINIMAL, override).isprintable()

@@ -7,6 +7,7 @@ import pytest
 from megatron_rl.config import ConfigError
 from megatron_rl.config.sections import DataConfig
 from megatron_rl.data import load_prompts
+from megatron_rl.data.intake import Intake
 from megatron_rl.data.rows import is_function, read_rows
 from megatron_rl.models.scratch import character_tokenizer
 
@@ -77,22 +78,22 @@ def test_columns_are_those_of_files(module, tokenizer):
     assert (prompt.prompt_id, prompt.answer, prompt.source) == ("set/9", "5", "set")
     (prompt,) = load(f"{module}:no_prompt", tokenizer, data=DataConfig(prompt_key="question"))
     assert (prompt.text, prompt.answer) == ("q", "a")
-    demonstrations = load(f"{module}:listed", tokenizer, needs="response")
+    demonstrations = load(f"{module}:listed", tokenizer, needs="response", data=DataConfig(max_left_out=0.7))
     assert [p.response_text for p in demonstrations] == ["=2"]
 
 
 def test_records_that_are_no_dicts_are_named_and_left_out(module, tokenizer, caplog):
-    assert len(load(f"{module}:mixed", tokenizer)) == 3
-    assert f"2 of 5 records left out (not a dict): {module}:mixed:0, {module}:mixed:4" in caplog.text
+    assert len(load(f"{module}:mixed", tokenizer, data=DataConfig(max_left_out=0.4))) == 3
+    assert f"2 of 5 records left out (2 not a dict: {module}:mixed:0, {module}:mixed:4)" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         ("nothing", "has no records"),
-        ("texts", "no record is a dict (the first is 'a')"),
+        ("texts", "none of 2 records can be used (2 not a dict: "),
         ("no_prompt", "data.prompt_key='prompt' is not a column of data.train="),
-        ("prompt_is_a_number", "no record has both a prompt"),
+        ("prompt_is_a_number", "(1 a prompt that is neither a text nor a list of chat messages: "),
         ("none", "failed after 0 records with TypeError: 'NoneType' object is not iterable"),
         ("wants_an_argument", "failed after 0 records with TypeError: wants_an_argument() missing 1 required"),
         ("fails", "failed after 1 records with RuntimeError: the table"),
@@ -126,4 +127,4 @@ def test_names_of_data_sets_are_not_taken_for_functions(module, tmp_path, monkey
 
 def test_the_sentence_for_an_unknown_name_mentions_functions():
     with pytest.raises(ConfigError, match="nor a function package.module:function, nor a data set"):
-        read_rows("no_such_module:records", "data.train", "train")
+        read_rows("no_such_module:records", "train", Intake("", "data.train", "data.max_left_out", 0.05))

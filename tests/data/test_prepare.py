@@ -39,7 +39,7 @@ def run(tmp_path: Path):
             rows = [{"problem": text, "answer": "1"} for text in heldout]
             against = ["math500=" + jsonl(tmp_path, "heldout.jsonl", rows)]
         text = io.StringIO()
-        settings = {"ngram": 13, "keep_overlaps": False, "template": None} | options
+        settings = {"ngram": 13, "keep_overlaps": False, "template": None, "max_left_out": 0.05} | options
         output = tmp_path / "out" / "train.parquet"
         prepare(spec, output, against, **settings, console=Console(True, Terminal(file=text)))
         return output, text.getvalue()
@@ -108,11 +108,11 @@ def test_mistakes_are_one_sentence(run, tmp_path: Path) -> None:
         run([("a", "1")], [], template="Think.")
     console = Console(False)
     with pytest.raises(ConfigError, match="not a public training set; there are gsm8k, deepmath"):
-        prepare("gsm9k", tmp_path / "a.parquet", [], 13, False, None, console)
+        prepare("gsm9k", tmp_path / "a.parquet", [], 13, False, None, 0.05, console)
     with pytest.raises(ConfigError, match=r"must end in \.parquet"):
-        prepare("gsm8k", tmp_path / "a.json", [], 13, False, None, console)
+        prepare("gsm8k", tmp_path / "a.json", [], 13, False, None, 0.05, console)
     with pytest.raises(ConfigError, match="'aime23' is not an evaluation set"):
-        prepare("gsm8k", tmp_path / "a.parquet", ["aime23"], 13, False, None, console)
+        prepare("gsm8k", tmp_path / "a.parquet", ["aime23"], 13, False, None, 0.05, console)
 
 
 def test_tokens_ignore_how_mathematics_is_typeset() -> None:

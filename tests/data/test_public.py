@@ -1,6 +1,7 @@
 """Public sets, read from local files shaped like them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from megatron_rl.config import ConfigError
 from megatron_rl.config.heldout_sets import PUBLIC_SETS
 from megatron_rl.config.sections import DataConfig
 from megatron_rl.data import load_prompts
-from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, read_problems
+from megatron_rl.data.intake import Intake
+from megatron_rl.data.public import DAPO_BEGINNING, DAPO_ENDING, EURUS_ENDING, EVALUATION, TRAINING, Problem, PublicSet
+from megatron_rl.data.public import read_problems as problems_by_place
 from megatron_rl.data.rows import read_rows
 from megatron_rl.models.scratch import character_tokenizer
 from megatron_rl.rewards.builtin import BUILTIN
@@ -66,6 +69,13 @@ def jsonl(folder: Path, *rows: dict[str, Any]) -> str:
     return str(file)
 
 
+def read_problems(spec: str, sets: Mapping[str, PublicSet], key: str, max_left_out: float = 0.05) -> list[Problem]:
+    intake = Intake(spec, key, "data.max_left_out", max_left_out)
+    problems = problems_by_place(spec, sets, intake)
+    intake.conclude()
+    return list(problems.values())
+
+
 def test_the_config_knows_the_names_of_all_sets() -> None:
     assert tuple(EVALUATION) == PUBLIC_SETS == tuple(EVALUATION_ROWS)
     assert set(TRAINING) == set(TRAINING_ROWS)
@@ -98,10 +108,11 @@ def test_rows_of_another_kind_are_left_out_and_broken_ones_named(
 ) -> None:
     good, _, _ = TRAINING_ROWS["eurus"]
     file = jsonl(tmp_path, good | {"ability": "code"}, good | {"reward_model": {}}, good, good | {"prompt": []})
-    problems = read_problems(f"eurus={file}", TRAINING, "NAME")
+    problems = read_problems(f"eurus={file}", TRAINING, "NAME", max_left_out=0.5)
     assert [problem.index for problem in problems] == [2]
     assert "2 of 4 records left out" in caplog.text
-    assert "rows.jsonl:2, " in caplog.text and "rows.jsonl:4" in caplog.text and "rows.jsonl:1" not in caplog.text
+    assert "no problem or answer as in PRIME-RL/Eurus-2-RL-Data: " in caplog.text
+    assert "rows.jsonl:2" in caplog.text and "rows.jsonl:4" in caplog.text and "rows.jsonl:1" not in caplog.text
 
 
 def test_a_file_of_another_shape_is_one_sentence(tmp_path: Path) -> None:
@@ -132,7 +143,8 @@ def test_a_file_within_a_data_set_can_be_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "set" / "hard").mkdir(parents=True)
     (tmp_path / "set" / "easy.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "set" / "hard" / "train.jsonl").write_text('{"a": 2}\n{"a": 3}\n')
-    rows = read_rows(f"{tmp_path / 'set'}:hard/train.jsonl", "data.train", "train")
+    name = f"{tmp_path / 'set'}:hard/train.jsonl"
+    rows = read_rows(name, "train", Intake(name, "data.train", "data.max_left_out", 0.05))
     assert [row for _, row in rows] == [{"a": 2}, {"a": 3}]
 
 

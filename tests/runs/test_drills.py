@@ -159,12 +159,12 @@ def test_a_hanging_reward_and_a_poisoned_line_are_named_and_cost_nothing_else(tm
     file = experiment_file(
         tmp_path,
         2,
-        data={"train": str(data)},
+        data={"train": str(data), "max_left_out": 0.2},
         reward={"function": "hanging_reward:score", "timeout_s": 0.5},
     )
     run(file)
     log = read(tmp_path / "log.txt")
-    assert f"1 of 5 records left out (not a JSON object): {data}:3" in log
+    assert f"1 of 5 records left out (1 not a JSON object: {data}:3)" in log
     assert "reward of record p1: no result after reward.timeout_s=0.5 seconds; counted as 0" in log
     steps = metrics(tmp_path / "run")
     assert [steps[step]["reward/timeouts"] for step in (1, 2)] == [4, 4], "one prompt, four responses"
