@@ -105,6 +105,7 @@ def test_public_sets_and_the_limits_of_the_model_are_known(tmp_path: Path) -> No
     folder = tmp_path / "model"
     character_tokenizer(64).save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8}
     more = {"intermediate_size": 16, "vocab_size": 100, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(sizes | more))
     name = jsonl(tmp_path, *({"prompt": "ppp", "response": "r" * n} for n in (4, 5)))

@@ -51,7 +51,7 @@ TYPES: dict[str, tuple[pyarrow.DataType, st.SearchStrategy[Any]]] = {
     "nanoseconds": (pyarrow.timestamp("ns"), st.integers(-(2**62), 2**62)),
     "seconds": (pyarrow.timestamp("s"), st.integers(-(2**50), 2**50)),
     "time": (pyarrow.time64("us"), st.times()),
-    "duration": (pyarrow.duration("us"), st.timedeltas()),
+    "duration": (pyarrow.duration("us"), st.timedeltas(datetime.timedelta(-(10**5)), datetime.timedelta(10**5))),
     "list": (pyarrow.list_(pyarrow.string()), st.lists(TEXTS, max_size=2)),
     "floats": (pyarrow.large_list(pyarrow.float64()), st.lists(st.floats(), max_size=2)),
     "chat": (pyarrow.list_(MESSAGE), st.lists(GOOD_MESSAGES.filter(lambda m: _utf8(m["content"])), max_size=3)),
