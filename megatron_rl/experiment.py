@@ -15,6 +15,7 @@ from megatron_rl.drafting.build_drafting import build_drafting, engine_head
 from megatron_rl.generation.generator import Generator, ScoredRollouts
 from megatron_rl.generation.precision_metrics import warn_of_bias
 from megatron_rl.metrics import Metrics
+from megatron_rl.models.token_ids import state_ends
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.observability.report import write_report
@@ -55,22 +56,22 @@ class Experiment:
         self.console = Console(runtime.is_driver, on_progress=self.pulse.beat)
         self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
-        self.first_step = start.resumed + 1
+        self.first_step, self._tokens = start.resumed + 1, start.tokens
         self.coordinator = Coordinator(runtime, self.pulse.enter)
         if runtime.is_driver:
             warn_of_bias(config)
         self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
         # The engines start while the trainer is built.
         self._fleet = start_fleet(
-            config, runtime, self.coordinator, start.vocab_limit, drafter_path=engine_head(config, runtime)
+            config, runtime, self.coordinator, start.tokens, drafter_path=engine_head(config, runtime)
         )
-        models = build_models(config, runtime, self.algorithm, start.arch, start.vocab_limit, start.resumed)
+        models = build_models(config, runtime, self.algorithm, start.arch, start.tokens.limit, start.resumed)
         self.trainer, self.reference, self.critic = models.trainer, models.reference, models.critic
         if start.resumed:
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
         reference = None
         if runtime.is_driver and not start.resumed:
-            reference = load_reference(config, start.arch, start.vocab_limit, self.console)
+            reference = load_reference(config, start.arch, start.tokens.limit, self.console)
         self.weight_sync = self._fleet.connect(self.trainer.weights)
         self._parts = self._fleet.parts()
         """What checkpoints carry beside the models, by name, in the order in which it is restored."""
@@ -192,6 +193,8 @@ class Experiment:
         run_dir = Path(self.config.run_dir)
         if self.config.checkpoint.export_hf:
             self.trainer.export_hf(run_dir / "hf")
+            if self.runtime.is_driver:
+                state_ends(run_dir / "hf", self._tokens)
             self.console.info(f"the trained model is in {run_dir / 'hf'}")
         if self._drafting is not None and self.runtime.is_driver:
             self._drafting.export(run_dir / "drafter")

@@ -12,6 +12,7 @@ from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.token_ids import TokenIds, read_token_ids
 from megatron_rl.trainer.checkpoint import damaged_checkpoints, latest_step
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class Start:
 
     tokenizer: "PreTrainedTokenizerBase"
     arch: Architecture
-    vocab_limit: int
-    """Token ids from here on mean nothing to the tokenizer, and are excluded from every distribution."""
+    tokens: TokenIds
+    """Which ids can be sampled, and which end a response."""
     resumed: int
     """Steps already done by an earlier run in `run_dir`."""
 
@@ -51,7 +52,7 @@ def begin(config: Config, runtime: Runtime) -> Start:
         save_config(config, Path(config.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
     arch = Architecture.from_folder(config.model.path, config.model.family)
-    return Start(tokenizer, arch, min(len(tokenizer), arch.vocab_size), resumed)
+    return Start(tokenizer, arch, read_token_ids(config.model.path, tokenizer, arch.vocab_size), resumed)
 
 
 def _check_same_model(config: Config, runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.models.token_ids import state_ends
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.preflight import begin
@@ -35,12 +36,15 @@ def run(config: Config) -> None:
     start = begin(config, runtime)
     data, longest = config.data, min(start.arch.max_positions, config.train.tokens_per_microbatch)
     prompts = load_prompts(data.train, data, start.tokenizer, data.split, False, needs="response", max_tokens=longest)
-    responses = [[*(prompt.response_ids or []), start.tokenizer.eos_token_id] for prompt in prompts]
-    trainer = Trainer(config, runtime, start.arch, start.vocab_limit, temperature=1.0)
+    responses = [start.tokens.ended(prompt.response_ids or [], prompt.chat) for prompt in prompts]
+    trainer = Trainer(config, runtime, start.arch, start.tokens.limit, temperature=1.0)
     if start.resumed:
         load_checkpoint(trainer, config.run_dir, start.resumed)
     _loop(trainer, prompts, responses, start.resumed)
-    trainer.export_hf(Path(config.run_dir) / "hf")
+    exported = Path(config.run_dir) / "hf"
+    trainer.export_hf(exported)
+    if runtime.is_driver:
+        state_ends(exported, start.tokens)
     shutdown()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.distributed.device import check_quantization, cores, on_gpu, shared_environment
+from megatron_rl.models.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from rollout.engine.engine_arguments import EngineEnvironment
@@ -26,12 +27,12 @@ print(int(supported))
 """
 
 
-def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
+def engine_environment(config: Config, tokens: TokenIds) -> "EngineEnvironment":
     """How engines start on this machine.
 
     Args:
         config: the experiment.
-        vocab_limit: token ids from here on are never sampled.
+        tokens: which ids can be sampled, and which end a response.
 
     Raises:
         ConfigError: when `rollout.quantization` does not work here.
@@ -67,7 +68,8 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
         gpus=gpus,
         dtype="float32" if config.model.precision == "fp32" else "bfloat16",
         weight_sync=sync,
-        vocab_limit=vocab_limit,
+        vocab_limit=tokens.limit,
+        end_ids=tokens.ends,
         vllm=vllm,
         shared_gpus=shared,
     )

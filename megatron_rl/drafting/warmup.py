@@ -64,13 +64,13 @@ def run(config: Config, options: WarmupOptions) -> None:
     runtime = initialize(config)
     console = Console(runtime.is_driver)
     start = begin(config, runtime)
-    policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
+    policy = Policy(config, runtime, start.arch, start.tokens.limit, config.rollout.temperature)
     weights = PolicyWeights(policy.model, start.arch)
     if options.rollouts is not None:
-        batch = read_rollouts(options.rollouts, start.vocab_limit)
+        batch = read_rollouts(options.rollouts, start.tokens.limit)
     else:
         batch = _generate(config, runtime, start, weights, console, options.batches)
-    frozen = frozen_policy(weights, start.vocab_limit)
+    frozen = frozen_policy(weights, start.tokens.limit)
     head = initial_head(config, frozen, _vocabulary(config, batch, start))
     best = _train(policy, head, frozen, batch, console, options)
     output = options.output or Path(config.run_dir) / "drafter"
@@ -140,9 +140,8 @@ def _vocabulary(config: Config, batch: Batch, start: Start) -> DraftVocabulary |
         return None
     tokens = torch.tensor([token for response in batch.responses for token in response])
     counts = torch.bincount(tokens, minlength=start.arch.vocab_size)
-    end = start.tokenizer.eos_token_id
     try:
-        return choose_vocabulary(counts, size, always=() if end is None else (end,))
+        return choose_vocabulary(counts, size, always=start.tokens.ends)
     except ValueError as error:
         raise ConfigError(f"drafter.draft_vocab={size}: {error}") from None
 
@@ -159,7 +158,7 @@ def _generate(
     config = _plain(config)
     coordinator = Coordinator(runtime)
     console.info(f"starting {config.rollout.engines} rollout engine(s)")
-    fleet, generator = start_fleet(config, runtime, coordinator, start.vocab_limit), None
+    fleet, generator = start_fleet(config, runtime, coordinator, start.tokens), None
     rollouts: list[Rollout] = []
     try:
         if fleet.engines is not None:

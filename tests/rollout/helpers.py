@@ -16,7 +16,7 @@ from rollout.fleet.local_ray import start_ray
 from rollout.types import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 
-VOCAB_LIMIT = len(char_tokenizer())
+VOCAB_LIMIT, EOS = len(char_tokenizer()), char_tokenizer().eos_token_id
 
 
 def make_config(folder: Path, model: Path, **rollout: object) -> Config:
@@ -44,6 +44,7 @@ def make_environment(dtype: str = "float32", vocab_limit: int = VOCAB_LIMIT, **e
         dtype=dtype,
         weight_sync="shm",
         vocab_limit=vocab_limit,
+        end_ids=(EOS,),
         vllm={"enforce_eager": True, "max_num_seqs": 32},
     )
 
