@@ -68,20 +68,21 @@ def megatron_to_hf(checkpoint: str, output: str, family: str | None = None) -> N
 def _load(model: str, output: str, family: str | None, console: Console) -> Policy:
     """The model, its weights in the precision in which they are stored."""
     console.info(f"reading {model}")
-    hf = read_hf_config(model, family)
-    arch = Architecture.from_folder(model, family)
-    dtype = _precision(model, arch, console)
     config = Config.model_validate(
         {
-            # In float32 a half of another kind than bfloat16 loses nothing.
-            "model": {"path": model, "family": family, "precision": "bf16" if dtype == torch.bfloat16 else "fp32"},
+            "model": {"path": model, "family": family},
             # Nothing is generated, so no length can be too long for the model.
             "data": {"max_prompt_tokens": 1},
             "rollout": {"max_tokens": 1},
             "run_dir": output,
         }
     )
-    check_layout(config, hf)
+    check_layout(config, read_hf_config(model, family))
+    arch = Architecture.from_folder(model, family)
+    dtype = _precision(model, arch, console)
+    # In float32, halves of another kind than bfloat16 lose nothing.
+    held = config.model.model_copy(update={"precision": "bf16" if dtype == torch.bfloat16 else "fp32"})
+    config = config.model_copy(update={"model": held})
     policy = Policy(config, initialize(config), arch, arch.vocab_size, temperature=1.0)
     policy.model.to(dtype)
     policy.model.config.params_dtype = dtype
