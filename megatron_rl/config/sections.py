@@ -173,7 +173,9 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
+    """AdamW weight decay, of weight matrices and embeddings."""
+    decay_all: bool = False
+    """Let norms and biases decay, too."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """First moment decay."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)

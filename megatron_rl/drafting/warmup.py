@@ -31,6 +31,8 @@ from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, read_rollouts, writ
 from megatron_rl.trainer.schedule import is_due
 from rollout.types import Rollout
 
+WEIGHT_DECAY = 0.01
+
 
 @dataclass(frozen=True)
 class WarmupOptions:
@@ -91,9 +93,10 @@ def _train(
         supply.recording(batch, 1, tokens=_affordable_tokens(policy, head)),
     ):
         policy.logprobs(batch, progress)
-    trainer = DraftTrainer(
-        head, store, LossOptions(steps=settings.unroll), OptimizerOptions(lr=settings.lr, weight_decay=0.01)
+    options_of_adam = OptimizerOptions(
+        lr=settings.lr, weight_decay=WEIGHT_DECAY, decay_all=policy.config.train.decay_all
     )
+    trainer = DraftTrainer(head, store, LossOptions(steps=settings.unroll), options_of_adam)
     trainer.policy = frozen
     best, best_length, loss = LiveHead(head), 0.0, math.nan
     with console.phase("training", options.updates) as phase:
