@@ -88,7 +88,7 @@ class Engines:
                 make_scratch_model(config.model.path, config.model.scratch)
                 arch = Architecture.from_folder(config.model.path)
                 tokens = read_token_ids(config.model.path, load_tokenizer(config.model.path), arch.vocab_size)
-            environment = engine_environment(config, tokens)
+            environment = engine_environment(config, tokens.limit, tokens.ends)
             self.fleets[name] = RolloutFleet(config, environment, config.model.path, lambda engine: None, wait=False)
         source = RandomWeights(arch)
         for fleet in self.fleets.values():

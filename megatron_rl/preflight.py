@@ -34,7 +34,7 @@ class Start:
 
 
 def begin(config: Config, runtime: Runtime) -> Start:
-    """Check the experiment, save its resolved config (on the driver), and read the model folder.
+    """Check the experiment, and read the model folder.
 
     Raises:
         ConfigError: when the config does not fit the model, the number of processes or an earlier run, and when the
@@ -49,10 +49,15 @@ def begin(config: Config, runtime: Runtime) -> Start:
             log.warning(
                 "the checkpoint %s is damaged (%s) and is passed over: resuming after step %d", folder, lost, resumed
             )
-        save_config(config, Path(config.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
     arch = Architecture.from_folder(config.model.path, config.model.family)
     return Start(tokenizer, arch, read_token_ids(config.model.path, tokenizer, arch.vocab_size), resumed)
+
+
+def keep_config(config: Config, runtime: Runtime) -> None:
+    """Write the resolved experiment to the run's folder, once nothing speaks against it; on the driver."""
+    if runtime.is_driver:
+        save_config(config, Path(config.run_dir) / "config.yaml")
 
 
 def _check_same_model(config: Config, runtime: Runtime) -> None:

@@ -261,8 +261,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest complete checkpoint in `run_dir`; never: refuse to start when there is one."""
+    resume: Literal["auto", "never", "force"] = "auto"
+    """auto: continue from the newest complete checkpoint in `run_dir`, unless the prompts, their order, batch or the
+    model are others now; force: whatever has changed; never: refuse to start when there is one."""
     export_hf: bool = True
     """Write the final policy as a Hugging Face model to `run_dir/hf`."""
 

@@ -9,7 +9,6 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.distributed.device import check_quantization, cores, on_gpu, shared_environment
-from megatron_rl.models.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from rollout.engine.engine_arguments import EngineEnvironment
@@ -27,12 +26,13 @@ print(int(supported))
 """
 
 
-def engine_environment(config: Config, tokens: TokenIds) -> "EngineEnvironment":
+def engine_environment(config: Config, vocab_limit: int, end_ids: tuple[int, ...]) -> "EngineEnvironment":
     """How engines start on this machine.
 
     Args:
         config: the experiment.
-        tokens: which ids can be sampled, and which end a response.
+        vocab_limit: token ids from here on are never sampled.
+        end_ids: token ids that end a response.
 
     Raises:
         ConfigError: when `rollout.quantization` does not work here.
@@ -68,8 +68,8 @@ def engine_environment(config: Config, tokens: TokenIds) -> "EngineEnvironment":
         gpus=gpus,
         dtype="float32" if config.model.precision == "fp32" else "bfloat16",
         weight_sync=sync,
-        vocab_limit=tokens.limit,
-        end_ids=tokens.ends,
+        vocab_limit=vocab_limit,
+        end_ids=end_ids,
         vllm=vllm,
         shared_gpus=shared,
     )

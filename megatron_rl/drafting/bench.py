@@ -62,7 +62,7 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
     """
     vocab_size = int(read_hf_config(config.model.path, config.model.family)["vocab_size"])  # type: ignore[call-overload]
     tokens = read_token_ids(config.model.path, load_tokenizer(config.model.path), vocab_size)
-    environment = engine_environment(config, tokens)
+    environment = engine_environment(config, tokens.limit, tokens.ends)
     environment = dataclasses.replace(
         environment,
         env=environment.env | {"MEGATRON_RL_PROFILE": "1"},

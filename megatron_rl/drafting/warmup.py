@@ -21,9 +21,10 @@ from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
 from megatron_rl.generation.generator import Generator
+from megatron_rl.generation.prompt_sets import read_sets
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import Start, begin
+from megatron_rl.preflight import Start, begin, keep_config
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
@@ -66,6 +67,7 @@ def run(config: Config, options: WarmupOptions) -> None:
     runtime = initialize(config)
     console = Console(runtime.is_driver)
     start = begin(config, runtime)
+    keep_config(config, runtime)
     policy = Policy(config, runtime, start.arch, start.tokens.limit, config.rollout.temperature)
     weights = PolicyWeights(policy.model, start.arch)
     if options.rollouts is not None:
@@ -160,12 +162,13 @@ def _generate(
     """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
     config = _plain(config)
     coordinator = Coordinator(runtime)
+    sets = read_sets(config, start.tokenizer) if runtime.is_driver else None
     console.info(f"starting {config.rollout.engines} rollout engine(s)")
     fleet, generator = start_fleet(config, runtime, coordinator, start.tokens), None
     rollouts: list[Rollout] = []
     try:
-        if fleet.engines is not None:
-            generator = Generator(config, start.tokenizer, fleet.engines, console)
+        if fleet.engines is not None and sets is not None:
+            generator = Generator(config, start.tokenizer, sets, fleet.engines, console)
         fleet.connect(weights).sync(0)
         for step in range(1, batches + 1):
 

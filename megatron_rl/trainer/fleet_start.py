@@ -105,7 +105,7 @@ def start_fleet(
     Raises:
         ConfigError: when the config does not fit this machine.
     """
-    environment = engine_environment(config, tokens)
+    environment = engine_environment(config, tokens.limit, tokens.ends)
     fleet = FleetConnection(config, runtime, coordinator, environment.weight_sync)
     if runtime.is_driver:
         fleet.start_engines(

@@ -3,9 +3,12 @@
 import logging
 import os
 import secrets
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+
+from megatron_rl.config import ConfigError
 
 # For requests and rollouts (the policy's weights travel otherwise); Ray's own default is 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -20,11 +23,14 @@ def start_ray(head_bytes: int = 0) -> None:
 
     Args:
         head_bytes: size of an EAGLE head, for which the object store gets room.
+
+    Raises:
+        ConfigError: it cannot be reached, or does not start.
     """
     # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _init(f"Ray at RAY_ADDRESS={address} cannot be reached; start it there, or unset RAY_ADDRESS")
         return
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Ray asks for a token by itself, but left alone keeps it in the home folder, for the whole machine to read.
@@ -34,12 +40,21 @@ def start_ray(head_bytes: int = 0) -> None:
     # Ray's own switch for machines without a cluster; it takes no loopback address as an argument.
     clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        ray.init(
+        _init(
+            "Ray does not start on this machine; look into its logs (/tmp/ray/session_latest/logs), and try again when "
+            "it is less busy",
             address="local",
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES + _HEADS_IN_STORE * head_bytes,
         )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _init(sentence: str, **options: Any) -> None:
+    """`ray.init`, of whose errors one sentence is left."""
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises plain exceptions, after a time-out too
+        ray.shutdown()
+        raise ConfigError(f"{sentence} ({' '.join(str(error).split()) or type(error).__name__}).") from None
