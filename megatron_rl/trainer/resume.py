@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.models.architecture import Architecture
@@ -43,7 +45,7 @@ class RunRecord:
         """The record of an experiment with these training prompts."""
         columns = ([each.prompt_id, each.text, each.answer, each.response_text] for each in prompts)
         model = [sorted(hf_shapes(arch).items()), sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id]
-        return cls(_flat(config.model_dump(mode="json")), len(prompts), _digest(columns), _digest(model))
+        return cls(_flat(config), len(prompts), _digest(columns), _digest(model))
 
     def changes(self, now: "RunRecord") -> list[str]:
         """One line for every key that has another value now; keys that only one version has do not count."""
@@ -98,13 +100,15 @@ def check_resumed(saved: Mapping[str, Any] | None, now: RunRecord, step: int, fo
         console.info(f"checkpoint.resume=force: {conflict}")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Plain values by dotted keys. What may be null or has keys of its own choice is one value."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel) and field.annotation is type(value):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key] = section.model_dump(mode="json", include={key})[key]
     return flat
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from megatron_rl.config import ConfigError
 _OBJECT_STORE_BYTES = 128 * 2**20
 # Old and new weights of the EAGLE head come on top. Without room for them Ray would write them to disk.
 _HEADS_IN_STORE = 2
+_CONNECT_SECONDS = 30.0
 
 
 def start_ray(head_bytes: int = 0) -> None:
@@ -30,7 +32,14 @@ def start_ray(head_bytes: int = 0) -> None:
     # Ray starts its workers with a lower priority than the trainer that shares the cores with them.
     os.environ.setdefault("RAY_worker_niceness", "0")
     if address := os.environ.get("RAY_ADDRESS"):
-        _init(f"Ray at RAY_ADDRESS={address} cannot be reached; start it there, or unset RAY_ADDRESS")
+        sentence = f"Ray at RAY_ADDRESS={address} cannot be reached; start it there, or unset RAY_ADDRESS"
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "/" not in host:
+            try:  # where nobody listens, Ray would try for many minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+            except OSError as error:
+                raise ConfigError(f"{sentence} ({error}).") from None
+        _init(sentence)
         return
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Ray asks for a token by itself, but left alone keeps it in the home folder, for the whole machine to read.
