@@ -13,8 +13,7 @@ from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
-from megatron_rl.models.token_ids import read_token_ids
-from megatron_rl.preflight import load_tokenizer
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.trainer.fleet_start import FleetConnection, start_fleet
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.trainer.weight_sync import WeightSync

@@ -13,10 +13,9 @@ from megatron_rl.models.hf_mapping import hf_shapes
 from megatron_rl.models.megatron_folder import write_model_folder
 from megatron_rl.models.stored_precision import common_precision, name_of, said_precision, stored_precisions
 from megatron_rl.models.stored_tensors import has_hf_weights, has_megatron_weights
-from megatron_rl.models.token_ids import read_token_ids, state_ends
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids, state_ends
 from megatron_rl.models.weights import PolicyWeights, export_hf
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from megatron_rl.trainer.policy import Policy
 
 

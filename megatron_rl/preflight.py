@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_rl.config import Config, ConfigError, save_config
-from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.token_ids import TokenIds, read_token_ids
+from megatron_rl.models.token_ids import TokenIds, load_tokenizer, read_token_ids
 from megatron_rl.trainer.checkpoint import damaged_checkpoints, latest_step
 
 if TYPE_CHECKING:
@@ -68,20 +67,6 @@ def _check_same_model(config: Config, runtime: Runtime) -> None:
         raise ConfigError(
             f"the trainer processes have different models, {' and '.join(found)}; name the commit in model.path."
         )
-
-
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model `path`, a folder or a name on the hub.
-
-    Raises:
-        ConfigError: when it has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(local_folder(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
 
 
 def step_to_resume(config: Config) -> int:

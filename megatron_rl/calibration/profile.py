@@ -17,10 +17,9 @@ from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights, tensor_files
-from megatron_rl.models.token_ids import read_token_ids
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.terminal import standard_output
-from megatron_rl.preflight import load_tokenizer
 from megatron_rl.trainer.rollouts_file import read_rollouts
 
 ROWS = 256

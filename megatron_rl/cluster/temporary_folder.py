@@ -31,8 +31,8 @@ def own_temporary_folder() -> Iterator[Path]:
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
-        for name, value in defaults.items():
-            os.environ.setdefault(name, value)
+        for name, default in defaults.items():
+            os.environ.setdefault(name, default)
         try:
             yield folder
         finally:

@@ -288,7 +288,7 @@ def _encode(
             part = chosen[start : start + ENCODED_AT_ONCE]
             try:
                 encoded = encode_prompts([text for _, text in part], tokenizer, chat=not special)
-                found = dict(zip((where for where, _ in part), encoded, strict=True))
+                found: dict[str, list[int] | None] = dict(zip((where for where, _ in part), encoded, strict=True))
             except Exception:  # of one of them; each is tried alone
                 found = {where: intake.attempt(where, _encode_one, text, tokenizer, special) for where, text in part}
             for where, token_ids in found.items():

@@ -17,10 +17,9 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import read_hf_config
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.engine_environment import engine_environment
-from megatron_rl.models.token_ids import read_token_ids
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.observability.benchmark_results import publish
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
 from rollout.speculation.arms import make_arms

@@ -55,6 +55,20 @@ class TokenIds:
         return [*response, self.turn_end if chat else self.text_end]
 
 
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model `path`, a folder or a name on the hub.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(local_folder(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
+
+
 def read_token_ids(path: str | Path, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenIds:
     """Reconcile what the files of a model say; where they name different ends, all of them count, and a line says so.
 

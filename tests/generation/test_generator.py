@@ -12,8 +12,8 @@ from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation.generator import Generator
 from megatron_rl.generation.prompt_sets import read_sets
 from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.models.token_ids import load_tokenizer
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from rollout.fleet.mixed_precision import PrecisionCounts
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts, TokenSource
 

@@ -11,8 +11,8 @@ from megatron_rl.config.sections import ScratchModelConfig
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.models.token_ids import load_tokenizer
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from megatron_rl.trainer.resume import RunRecord, check_resumed
 
 PROMPTS = [Prompt("a", [5, 6], "1", "set", "ab"), Prompt("b", [7], "2", "set", "c", "demonstration")]
