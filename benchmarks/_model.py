@@ -13,7 +13,7 @@ from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.scratch import make_scratch_model
-from megatron_rl.preflight import load_tokenizer
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.trainer.fleet_start import FleetConnection, start_fleet
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.trainer.weight_sync import WeightSync
@@ -55,9 +55,9 @@ def build(scratch: dict[str, Any], **sections: dict[str, Any]) -> Bench:
     make_scratch_model(config.model.path, config.model.scratch)
     runtime = initialize(config)
     arch = Architecture.from_folder(config.model.path)
-    vocab_limit = min(len(load_tokenizer(config.model.path)), arch.vocab_size)
-    trainer = Trainer(config, runtime, arch, vocab_limit, config.rollout.temperature)
-    connection = start_fleet(config, runtime, Coordinator(runtime), vocab_limit)
+    tokens = read_token_ids(config.model.path, load_tokenizer(config.model.path), arch.vocab_size)
+    trainer = Trainer(config, runtime, arch, tokens.limit, config.rollout.temperature)
+    connection = start_fleet(config, runtime, Coordinator(runtime), tokens)
     sync = connection.connect(trainer.weights)
     assert connection.engines is not None, "benchmarks have one process, which is the driver"
     return Bench(config, runtime, trainer, connection.engines, sync, connection)

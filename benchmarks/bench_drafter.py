@@ -26,10 +26,10 @@ from _common import finish, parse_training_arguments, run_benchmark, run_command
 from megatron_rl.config import Config, load_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.drafting.bench import PLAIN, Turn, compare, make_requests, start_engine, take_turn
+from megatron_rl.models.token_ids import load_tokenizer
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import read_metrics
 from megatron_rl.observability.plots import acceptance_over_steps
-from megatron_rl.preflight import load_tokenizer
 from rollout.types import RolloutRequest
 
 NGRAM, FROZEN, ADAPTIVE = "ngram", "frozen", "adaptive"

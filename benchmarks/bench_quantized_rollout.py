@@ -87,7 +87,8 @@ class Engines:
             if not self.fleets:
                 make_scratch_model(config.model.path, config.model.scratch)
                 arch = Architecture.from_folder(config.model.path)
-            environment = engine_environment(config, arch.vocab_size)
+                tokens = read_token_ids(config.model.path, load_tokenizer(config.model.path), arch.vocab_size)
+            environment = engine_environment(config, tokens.limit, tokens.ends)
             self.fleets[name] = RolloutFleet(config, environment, config.model.path, lambda engine: None, wait=False)
         source = RandomWeights(arch)
         for fleet in self.fleets.values():

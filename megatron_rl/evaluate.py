@@ -20,7 +20,7 @@ from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.benchmark_results import environment
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.terminal import standard_output
-from megatron_rl.preflight import begin
+from megatron_rl.preflight import begin, keep_config
 from megatron_rl.rewards.score import Scorer
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
@@ -48,13 +48,14 @@ def run(config: Config) -> None:
         specs = {set_name(spec): spec for spec in config.data.eval}
         claim(Path(config.run_dir), settings(config), specs)
     start = begin(config, runtime)
-    policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
+    keep_config(config, runtime)
+    policy = Policy(config, runtime, start.arch, start.tokens.limit, config.rollout.temperature)
     coordinator = Coordinator(runtime)
     sets: list[HeldoutSet] = []
     if runtime.is_driver:
         sets = [load_set(spec, config, start.tokenizer) for spec in config.data.eval]
         console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")
-    fleet = start_fleet(config, runtime, coordinator, start.vocab_limit)
+    fleet = start_fleet(config, runtime, coordinator, start.tokens)
     try:
         fleet.connect(PolicyWeights(policy.model, start.arch)).sync(STEP)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +15,13 @@ from megatron_rl.distributed.watchdog import start_pulse
 from megatron_rl.drafting.build_drafting import build_drafting, engine_head
 from megatron_rl.generation.generator import Generator, ScoredRollouts
 from megatron_rl.generation.precision_metrics import warn_of_bias
+from megatron_rl.generation.prompt_sets import PromptSets, read_sets
 from megatron_rl.metrics import Metrics
+from megatron_rl.models.token_ids import state_ends
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
 from megatron_rl.observability.report import write_report
-from megatron_rl.preflight import begin
+from megatron_rl.preflight import Start, begin, keep_config
 from megatron_rl.step_metrics import step_metrics
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.best import best_folder, improvement, save_best
@@ -26,6 +29,7 @@ from megatron_rl.trainer.checkpoint import load_state, save_checkpoint, saved_st
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.model_check import compare, load_reference
 from megatron_rl.trainer.pipeline_model import Progress
+from megatron_rl.trainer.resume import RECORD, RunRecord, check_resumed
 from megatron_rl.trainer.run_models import build_models
 from megatron_rl.trainer.trainer import UpdateResult
 
@@ -51,33 +55,46 @@ class Experiment:
         """
         self.config, self.runtime = config, runtime
         self.pulse = start_pulse(runtime, config.train.hang_timeout_s)
+        self._open = contextlib.ExitStack()
+        """What has to be taken down, in whatever state the building of the rest ends."""
+        try:
+            self._build()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what has failed is told already; nothing is to follow it
+                self._close()
+            raise
+
+    def _build(self) -> None:
+        config, runtime = self.config, self.runtime
         self.clock = Clock(self.pulse.enter)
         self.console = Console(runtime.is_driver, on_progress=self.pulse.beat)
         self.algorithm = load_algorithm(config.algorithm)
         start = begin(config, runtime)
-        self.first_step = start.resumed + 1
+        self.first_step, self._tokens = start.resumed + 1, start.tokens
         self.coordinator = Coordinator(runtime, self.pulse.enter)
-        if runtime.is_driver:
-            warn_of_bias(config)
+        sets = self._read_sets(start) if runtime.is_driver else None
         self.console.info(f"starting {config.rollout.engines} rollout engine(s), {runtime.world_size} trainer(s)")
         # The engines start while the trainer is built.
         self._fleet = start_fleet(
-            config, runtime, self.coordinator, start.vocab_limit, drafter_path=engine_head(config, runtime)
+            config, runtime, self.coordinator, start.tokens, drafter_path=engine_head(config, runtime)
         )
-        models = build_models(config, runtime, self.algorithm, start.arch, start.vocab_limit, start.resumed)
+        self._open.callback(self._fleet.shutdown)
+        models = build_models(config, runtime, self.algorithm, start.arch, start.tokens.limit, start.resumed)
         self.trainer, self.reference, self.critic = models.trainer, models.reference, models.critic
         if start.resumed:
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
         reference = None
         if runtime.is_driver and not start.resumed:
-            reference = load_reference(config, start.arch, start.vocab_limit, self.console)
+            reference = load_reference(config, start.arch, start.tokens.limit, self.console)
         self.weight_sync = self._fleet.connect(self.trainer.weights)
         self._parts = self._fleet.parts()
         """What checkpoints carry beside the models, by name, in the order in which it is restored."""
-        if self._fleet.engines is not None:
-            self.generator = Generator(config, start.tokenizer, self._fleet.engines, self.console)
+        if self._fleet.engines is not None and sets is not None:
+            self.generator = Generator(config, start.tokenizer, sets, self._fleet.engines, self.console)
+            self._open.callback(self.generator.close)
             self._parts |= self.generator.parts()
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
+            self._open.callback(self._logger.close)
         self.weight_sync.sync(start.resumed)
         if not start.resumed and config.model.check != "off":
             prompt = self.generator.first_prompt if runtime.is_driver else []
@@ -91,6 +108,18 @@ class Experiment:
             self._restore_parts(start.resumed)
         if self._drafting is not None:
             self._drafting.start()
+
+    def _read_sets(self, start: Start) -> PromptSets:
+        """The prompts, and whether an earlier run in this folder can go on with them; on the driver."""
+        config = self.config
+        warn_of_bias(config)
+        sets = read_sets(config, start.tokenizer)
+        self._record = RunRecord.of(config, sets.train, start.tokenizer, start.arch)
+        if start.resumed:
+            saved, force = load_state(config.run_dir, start.resumed, RECORD), config.checkpoint.resume == "force"
+            check_resumed(saved, self._record, start.resumed, force, self.console)
+        keep_config(config, self.runtime)
+        return sets
 
     def _restore_parts(self, resumed: int) -> None:
         left_out = set(saved_states(self.config.run_dir, resumed))
@@ -107,11 +136,11 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self.pulse.close()
-        if self.runtime.is_driver:
-            self.generator.close()
-            self._logger.close()
-        self._fleet.shutdown()
+        self._open.close()
 
     def progress(self, name: str) -> contextlib.AbstractContextManager[Progress]:
         """A console progress line for a pass over micro-batches."""
@@ -166,6 +195,8 @@ class Experiment:
         self.pulse.enter("checkpoint")
         start = time.perf_counter()
         states = {name: part.state() for name, part in self._parts.items()}
+        if self.runtime.is_driver:
+            states[RECORD] = asdict(self._record)
         save_checkpoint(self.trainer, self.config.run_dir, step, self.config.checkpoint.keep, states, self.critic)
         if self._drafting is not None:
             self._drafting.timeline.write(Path(self.config.run_dir))
@@ -192,6 +223,8 @@ class Experiment:
         run_dir = Path(self.config.run_dir)
         if self.config.checkpoint.export_hf:
             self.trainer.export_hf(run_dir / "hf")
+            if self.runtime.is_driver:
+                state_ends(run_dir / "hf", self._tokens)
             self.console.info(f"the trained model is in {run_dir / 'hf'}")
         if self._drafting is not None and self.runtime.is_driver:
             self._drafting.export(run_dir / "drafter")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_rl.config import Config, ConfigError, save_config
-from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.token_ids import TokenIds, load_tokenizer, read_token_ids
 from megatron_rl.trainer.checkpoint import damaged_checkpoints, latest_step
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ class Start:
 
     tokenizer: "PreTrainedTokenizerBase"
     arch: Architecture
-    vocab_limit: int
-    """Token ids from here on mean nothing to the tokenizer, and are excluded from every distribution."""
+    tokens: TokenIds
+    """Which ids can be sampled, and which end a response."""
     resumed: int
     """Steps already done by an earlier run in `run_dir`."""
 
 
 def begin(config: Config, runtime: Runtime) -> Start:
-    """Check the experiment, save its resolved config (on the driver), and read the model folder.
+    """Check the experiment, and read the model folder.
 
     Raises:
         ConfigError: when the config does not fit the model, the number of processes or an earlier run, and when the
@@ -48,10 +48,15 @@ def begin(config: Config, runtime: Runtime) -> Start:
             log.warning(
                 "the checkpoint %s is damaged (%s) and is passed over: resuming after step %d", folder, lost, resumed
             )
-        save_config(config, Path(config.run_dir) / "config.yaml")
     tokenizer = load_tokenizer(config.model.path)
     arch = Architecture.from_folder(config.model.path, config.model.family)
-    return Start(tokenizer, arch, min(len(tokenizer), arch.vocab_size), resumed)
+    return Start(tokenizer, arch, read_token_ids(config.model.path, tokenizer, arch.vocab_size), resumed)
+
+
+def keep_config(config: Config, runtime: Runtime) -> None:
+    """Write the resolved experiment to the run's folder, once nothing speaks against it; on the driver."""
+    if runtime.is_driver:
+        save_config(config, Path(config.run_dir) / "config.yaml")
 
 
 def _check_same_model(config: Config, runtime: Runtime) -> None:
@@ -62,20 +67,6 @@ def _check_same_model(config: Config, runtime: Runtime) -> None:
         raise ConfigError(
             f"the trainer processes have different models, {' and '.join(found)}; name the commit in model.path."
         )
-
-
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model `path`, a folder or a name on the hub.
-
-    Raises:
-        ConfigError: when it has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(local_folder(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r} has no tokenizer that loads ({str(error).splitlines()[0]}).") from None
 
 
 def step_to_resume(config: Config) -> int:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on demonstrations, by the same trainer; it prepares base models for RL."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.models.token_ids import state_ends
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.metrics_logger import MetricsLogger
-from megatron_rl.preflight import begin
+from megatron_rl.preflight import begin, keep_config
 from megatron_rl.trainer.batch import Batch
-from megatron_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.trainer.checkpoint import load_checkpoint, load_state, save_checkpoint
+from megatron_rl.trainer.resume import RECORD, RunRecord, check_resumed
 from megatron_rl.trainer.schedule import is_due
 from megatron_rl.trainer.trainer import Trainer
 
@@ -35,16 +38,24 @@ def run(config: Config) -> None:
     start = begin(config, runtime)
     data, longest = config.data, min(start.arch.max_positions, config.train.tokens_per_microbatch)
     prompts = load_prompts(data.train, data, start.tokenizer, data.split, False, needs="response", max_tokens=longest)
-    responses = [[*(prompt.response_ids or []), start.tokenizer.eos_token_id] for prompt in prompts]
-    trainer = Trainer(config, runtime, start.arch, start.vocab_limit, temperature=1.0)
+    responses = [start.tokens.ended(prompt.response_ids or [], prompt.chat) for prompt in prompts]
+    record = RunRecord.of(config, prompts, start.tokenizer, start.arch)
+    if start.resumed:
+        saved = load_state(config.run_dir, start.resumed, RECORD)
+        check_resumed(saved, record, start.resumed, config.checkpoint.resume == "force", Console(runtime.is_driver))
+    keep_config(config, runtime)
+    trainer = Trainer(config, runtime, start.arch, start.tokens.limit, temperature=1.0)
     if start.resumed:
         load_checkpoint(trainer, config.run_dir, start.resumed)
-    _loop(trainer, prompts, responses, start.resumed)
-    trainer.export_hf(Path(config.run_dir) / "hf")
+    _loop(trainer, prompts, responses, start.resumed, record)
+    exported = Path(config.run_dir) / "hf"
+    trainer.export_hf(exported)
+    if runtime.is_driver:
+        state_ends(exported, start.tokens)
     shutdown()
 
 
-def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int) -> None:
+def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], resumed: int, record: RunRecord) -> None:
     config, driver = trainer.config, trainer.runtime.is_driver
     console = Console(driver)
     if resumed:
@@ -78,6 +89,6 @@ def _loop(trainer: Trainer, prompts: list[Prompt], responses: list[list[int]], r
                     window = (time.perf_counter(), step)
                     console.info(f"step {step}/{steps}  loss {metrics['loss']:.4f}  {rate:.1f} steps/s")
             if is_due(step, config.checkpoint.every, steps):
-                save_checkpoint(trainer, config.run_dir, step, config.checkpoint.keep)
+                save_checkpoint(trainer, config.run_dir, step, config.checkpoint.keep, {RECORD: asdict(record)})
     if logger is not None:
         logger.close()

@@ -31,6 +31,8 @@ class OptimizerOptions:
     """Optimizer steps over which the learning rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
+    decay_all: bool = False
+    """Let norms and biases decay, too."""
     clip_grad: float = 0.5
     """Gradients of the mean loss are scaled down to this global norm."""
 
@@ -87,8 +89,13 @@ class DraftTrainer:
     def reset_optimizer(self) -> None:
         """Forget the moments of the gradients."""
         options = self._options
+        exempt = [] if options.decay_all else [each for each in self._parameters if each.ndim == 1]
+        groups: list[dict[str, Any]] = [{"params": self._parameters}]
+        if options.weight_decay and exempt:
+            decayed = [each for each in self._parameters if each.ndim > 1]
+            groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+            groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
         )
 
     def _clear(self) -> None:

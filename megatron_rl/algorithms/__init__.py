@@ -10,7 +10,7 @@ other; `lengths [batch]` are the response lengths.
 from megatron_rl.algorithms.advantages import centred_rewards, grpo_advantages, whiten
 from megatron_rl.algorithms.base import CriticAlgorithm, PolicyAlgorithm, PolicyLoss, PolicyTokens, policy_objective
 from megatron_rl.algorithms.correction import TokenCorrection, correct_mismatch, mismatch_metrics
-from megatron_rl.algorithms.loss import clipped_loss, kl_estimate, ppo_loss, safe_exp, token_weights
+from megatron_rl.algorithms.loss import bounded_exp, clipped_loss, kl_estimate, ppo_loss, safe_exp, token_weights
 from megatron_rl.algorithms.registry import load_algorithm, needs_critic
 from megatron_rl.algorithms.step import step_advantages
 
@@ -20,6 +20,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyTokens",
     "TokenCorrection",
+    "bounded_exp",
     "centred_rewards",
     "clipped_loss",
     "correct_mismatch",

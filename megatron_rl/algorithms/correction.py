@@ -19,7 +19,7 @@ class TokenCorrection:
     weights: Float[Tensor, "tokens"]
     """Importance weight of the token's loss; 0 for rejected tokens."""
     kept: Bool[Tensor, "tokens"]
-    """False for rejected tokens, which the loss is not averaged over."""
+    """False for rejected tokens, which have no part in the loss; `denominator` says whether its mean counts them."""
     clipped: Bool[Tensor, "tokens"]
     """Kept tokens whose weight was cut at the cap."""
     vetoed: Bool[Tensor, "batch"]

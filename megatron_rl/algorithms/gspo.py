@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.base import PolicyTokens
 from megatron_rl.algorithms.grpo import Grpo
-from megatron_rl.algorithms.loss import clipped_loss, safe_exp
+from megatron_rl.algorithms.loss import bounded_exp, clipped_loss
 
 
 class Gspo(Grpo):
@@ -21,5 +21,5 @@ class Gspo(Grpo):
         new, settings = tokens.new_logprobs, self.settings
         log_ratio = tokens.sequence_mean((new - tokens.old_logprobs).detach())
         # The difference is 0, but has the gradient of the token's own log-prob.
-        ratio = safe_exp(log_ratio + (new - new.detach()))
+        ratio = bounded_exp(log_ratio + (new - new.detach()))
         return clipped_loss(ratio, tokens.advantages, settings.clip_low, settings.clip_high, settings.dual_clip)

@@ -7,12 +7,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before `exp`: beyond it the ratio says nothing, and float32 overflows at 88."""
+"""Log-ratios are bounded by +-20 before `exp`: beyond it the ratio says nothing, and float32 overflows at 88."""
 
 
 def safe_exp(log_ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """`exp` of log-ratios clamped to +-`MAX_LOG_RATIO` (no gradient beyond it)."""
+    """`exp` of log-ratios clamped to +-`MAX_LOG_RATIO`: for values without a gradient, which would vanish beyond."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def bounded_exp(log_ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    """`exp`, and above `MAX_LOG_RATIO` its tangent there: a gradient that is bounded, and never has another sign."""
+    near = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return near.exp() * (1 + log_ratio - near)
 
 
 def ppo_loss(
@@ -39,7 +45,7 @@ def ppo_loss(
     Returns:
         The loss of every token, and a mask of the tokens whose gradient the clipping removed.
     """
-    return clipped_loss(safe_exp(new - old), advantages, clip_low, clip_high, dual_clip)
+    return clipped_loss(bounded_exp(new - old), advantages, clip_low, clip_high, dual_clip)
 
 
 def clipped_loss(
@@ -77,7 +83,8 @@ def kl_estimate(
     Gradients: Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", arXiv 2506.09477.
     Differentiating k1 itself gives `grad(new)`, whose expectation is 0: no penalty at all. k1 therefore keeps its
     value but takes the gradient of k2, which is an unbiased gradient of KL(new || ref). The gradient of k3, used
-    by GRPO (arXiv 2402.03300, equation 4), is that of KL(ref || new); the two agree while d is small.
+    by GRPO (arXiv 2402.03300, equation 4), is that of KL(ref || new); the two agree while d is small. Below d = -20
+    its `exp` goes on as a straight line: the pull towards the reference stays as strong, instead of turning round.
 
     Args:
         new: log-probs under the policy being trained; gradients flow through them.
@@ -89,12 +96,13 @@ def kl_estimate(
     """
     difference = new - ref
     if estimator == "k3":
-        return safe_exp(-difference) - 1 + difference
+        return bounded_exp(-difference) - 1 + difference
     k2 = difference**2 / 2
     return k2 if estimator == "k2" else difference.detach() + k2 - k2.detach()
 
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+Denominator = Literal["kept", "all"]
 
 
 def token_weights(
@@ -102,6 +110,7 @@ def token_weights(
     aggregation: Aggregation,
     kept: Bool[Tensor, "tokens"] | None = None,
     longest: int = 1,
+    denominator: Denominator = "kept",
 ) -> Float[Tensor, "tokens"]:
     """Weights such that `sum(weights * token_losses)` is the aggregated loss of a whole mini-batch.
 
@@ -117,9 +126,10 @@ def token_weights(
         lengths: response lengths of all sequences of the mini-batch. Sequences of length 0 own no weight and do not
             count as sequences.
         aggregation: one of the four.
-        kept: False for tokens that a correction rejected; None: all are kept. Rejected tokens have weight 0, and sums
-            and means are what they would be if these tokens did not exist.
+        kept: False for tokens that a correction rejected, whose weight is 0; None: all are kept.
         longest: most tokens that a response can have.
+        denominator: what sums are divided by, `algorithm.correction.denominator`. kept: the number of tokens or
+            responses that are left, as if the rejected ones did not exist; all: that of all of them.
 
     Returns:
         float32 weights of all response tokens, sequence after sequence.
@@ -127,7 +137,7 @@ def token_weights(
     if kept is None:
         kept = torch.ones(int(lengths.sum()), dtype=torch.bool)
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
-    counts = torch.bincount(sequence[kept], minlength=len(lengths))
+    counts = torch.bincount(sequence[kept] if denominator == "kept" else sequence, minlength=len(lengths))
     present = (counts > 0).sum().clamp(min=1)
     if aggregation == "token-mean":
         per_sequence = torch.ones_like(counts, dtype=torch.float64) / counts.sum().clamp(min=1)

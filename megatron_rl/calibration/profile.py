@@ -17,9 +17,9 @@ from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights, tensor_files
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.terminal import standard_output
-from megatron_rl.preflight import load_tokenizer
 from megatron_rl.trainer.rollouts_file import read_rollouts
 
 ROWS = 256
@@ -201,7 +201,8 @@ class QuantizedCheckpoint:
 def _texts(config: Config, prompts: int, rollouts: Path | None) -> list[list[int]]:
     tokenizer = load_tokenizer(config.model.path)
     if rollouts is not None:
-        batch = read_rollouts(rollouts, len(tokenizer))
+        vocab_size = int(read_hf_config(config.model.path, config.model.family)["vocab_size"])
+        batch = read_rollouts(rollouts, read_token_ids(config.model.path, tokenizer, vocab_size).limit)
         pairs = zip(batch.prompts, batch.responses, strict=True)
         return [prompt + response for prompt, response in pairs][:prompts]
     data = config.data

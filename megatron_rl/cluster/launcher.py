@@ -6,6 +6,7 @@ variables are translated; otherwise it starts torchrun itself, on this machine. 
 a process group is checked before that.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_rl.cluster.temporary_folder import own_temporary_folder
 from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.families import scratch_config
 from megatron_rl.config.hub import pin_model
@@ -194,16 +196,21 @@ def die_with_launcher() -> None:
 def start_processes(processes: int, program: Sequence[str]) -> int:
     """Run `program` (arguments of Python) under torchrun on this machine; returns the exit status for this process."""
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
     from rollout.tcp_store import bind_torchrun
 
     # All processes are on this machine, so nothing has to listen on its other addresses.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     bind_torchrun()
     # In this process rather than `python -m torch.distributed.run`: its own traceback would bury the first error.
+    with own_temporary_folder():
+        return _run_torchrun(processes, program)
+
+
+def _run_torchrun(processes: int, program: Sequence[str]) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     try:
         options = parse_args(
             ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(processes), *program]
@@ -228,7 +235,10 @@ def _run_here(config: Config, command: str, run: Callable[[Config], None]) -> in
 
     die_with_launcher()
     silence_known_warnings()
-    checked_run()
+    # A launcher of ours has made the folder for all of its processes.
+    alone = os.environ.get(LAUNCHER_PID) is None
+    with own_temporary_folder() if alone else contextlib.nullcontext():
+        checked_run()
     return 0
 
 

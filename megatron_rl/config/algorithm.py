@@ -62,14 +62,19 @@ class CorrectionConfig(Section):
 
     kind: Literal["none", "tis", "mask"] = "tis"
     """tis: truncated importance sampling, the token loss times `min(ratio, cap)`, `ratio = exp(old - rollout)`; mask
-    (MIS, IcePop): the loss times the ratio, and no training on tokens whose ratio is outside [floor, cap]."""
+    (masked importance sampling): the loss times the ratio, and no training on tokens whose ratio is outside
+    [floor, cap]. IcePop is mask with a floor and `denominator: all`."""
     level: Literal["token", "sequence", "geometric"] = "token"
-    """Whose ratio counts. token: the token's own; sequence: the product over the response; geometric: the geometric
-    mean over the response (for mask only)."""
+    """Whose ratio counts, as the weight and for the bounds. token: the token's own; sequence: the product over the
+    response; geometric: the geometric mean over the response (for mask only)."""
     cap: float = Field(2.0, ge=1)
     """Largest ratio: larger ones are cut (tis) or rejected (mask)."""
     floor: float | None = Field(None, gt=0, le=1)
     """Smallest ratio of mask: smaller ones are rejected; null: no lower bound."""
+    denominator: Literal["kept", "all"] = "kept"
+    """What the loss of the tokens that are left is divided by where some are rejected. kept: their own number, or that
+    of the responses with any; all: the number before the rejection, so that a step learns less where it rejects more
+    (IcePop)."""
     veto: float | None = Field(None, gt=0, lt=1)
     """Reject every response that has a token with a ratio below this, such as 1e-4, whatever the kind; null: none."""
     normalize: bool = False

@@ -173,7 +173,9 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
+    """AdamW weight decay, of weight matrices and embeddings."""
+    decay_all: bool = False
+    """Let norms and biases decay, too."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """First moment decay."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -259,8 +261,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest complete checkpoint in `run_dir`; never: refuse to start when there is one."""
+    resume: Literal["auto", "never", "force"] = "auto"
+    """auto: continue from the newest complete checkpoint in `run_dir`, unless the prompts, their order, batch or the
+    model are others now; force: whatever has changed; never: refuse to start when there is one."""
     export_hf: bool = True
     """Write the final policy as a Hugging Face model to `run_dir/hf`."""
 

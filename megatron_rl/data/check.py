@@ -58,7 +58,7 @@ def _tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         from megatron_rl.models.scratch import character_tokenizer
 
         return character_tokenizer(config.model.scratch.max_positions)
-    from megatron_rl.preflight import load_tokenizer
+    from megatron_rl.models.token_ids import load_tokenizer
 
     return load_tokenizer(config.model.path)
 

@@ -20,6 +20,7 @@ from megatron_rl.data.intake import BrokenRecord, Intake, Row
 from megatron_rl.data.public import EVALUATION, PROBLEM, read_problems, split_spec
 from megatron_rl.data.rows import read_rows
 from megatron_rl.data.values import as_dict, identifier, plain, text_of
+from megatron_rl.models.token_ids import encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class Prompt:
     text: str  # what token_ids encode, the chat template applied
     response_text: str | None = None  # demonstration for `sft`
     response_ids: list[int] | None = None  # what it is as tokens, without the end of the sequence; read for `sft` only
+    chat: bool = False  # whether it was chat messages
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,9 @@ def _tokenized(
     for record, text in rendered:
         ids, response = prompt_ids.get(record.where), response_ids.get(record.where)
         if ids is not None and (response is not None or not with_responses):
-            yield record, Prompt(record.prompt_id, ids, record.answer, record.source, text, record.response, response)
+            chat = not isinstance(record.content, str)
+            prompt = Prompt(record.prompt_id, ids, record.answer, record.source, text, record.response, response, chat)
+            yield record, prompt
 
 
 def _render(content: str | Messages, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -283,8 +287,8 @@ def _encode(
         for start in range(0, len(chosen), ENCODED_AT_ONCE):
             part = chosen[start : start + ENCODED_AT_ONCE]
             try:
-                encoded = tokenizer([text for _, text in part], add_special_tokens=special, verbose=False)["input_ids"]
-                found = dict(zip((where for where, _ in part), encoded, strict=True))
+                encoded = encode_prompts([text for _, text in part], tokenizer, chat=not special)
+                found: dict[str, list[int] | None] = dict(zip((where for where, _ in part), encoded, strict=True))
             except Exception:  # of one of them; each is tried alone
                 found = {where: intake.attempt(where, _encode_one, text, tokenizer, special) for where, text in part}
             for where, token_ids in found.items():
@@ -294,7 +298,7 @@ def _encode(
 
 
 def _encode_one(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return encode_prompts([text], tokenizer, chat=not special)[0]
 
 
 def _some_tokens(token_ids: Sequence[int]) -> list[int]:

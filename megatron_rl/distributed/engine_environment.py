@@ -26,12 +26,13 @@ print(int(supported))
 """
 
 
-def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
+def engine_environment(config: Config, vocab_limit: int, end_ids: tuple[int, ...]) -> "EngineEnvironment":
     """How engines start on this machine.
 
     Args:
         config: the experiment.
         vocab_limit: token ids from here on are never sampled.
+        end_ids: token ids that end a response.
 
     Raises:
         ConfigError: when `rollout.quantization` does not work here.
@@ -68,6 +69,7 @@ def engine_environment(config: Config, vocab_limit: int) -> "EngineEnvironment":
         dtype="float32" if config.model.precision == "fp32" else "bfloat16",
         weight_sync=sync,
         vocab_limit=vocab_limit,
+        end_ids=end_ids,
         vllm=vllm,
         shared_gpus=shared,
     )

@@ -17,9 +17,9 @@ from megatron_rl.config import Config, ConfigError
 from megatron_rl.config.model_fit import read_hf_config
 from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.distributed.engine_environment import engine_environment
+from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.observability.benchmark_results import publish
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from rollout.engine.engine import TimedGeneration
 from rollout.fleet.fleet import RolloutFleet
 from rollout.speculation.arms import make_arms
@@ -60,8 +60,8 @@ def start_engine(config: Config, wait: bool = True) -> RolloutFleet:
         ConfigError: when the model cannot be used.
     """
     vocab_size = int(read_hf_config(config.model.path, config.model.family)["vocab_size"])  # type: ignore[call-overload]
-    vocab_limit = min(len(load_tokenizer(config.model.path)), vocab_size)
-    environment = engine_environment(config, vocab_limit)
+    tokens = read_token_ids(config.model.path, load_tokenizer(config.model.path), vocab_size)
+    environment = engine_environment(config, tokens.limit, tokens.ends)
     environment = dataclasses.replace(
         environment,
         env=environment.env | {"MEGATRON_RL_PROFILE": "1"},

@@ -21,15 +21,18 @@ from megatron_rl.distributed.runtime import Runtime, initialize, shutdown
 from megatron_rl.drafting.initial_head import initial_head
 from megatron_rl.drafting.online_drafter import FeatureSupply, frozen_policy
 from megatron_rl.generation.generator import Generator
+from megatron_rl.generation.prompt_sets import read_sets
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import Start, begin
+from megatron_rl.preflight import Start, begin, keep_config
 from megatron_rl.trainer.batch import Batch
 from megatron_rl.trainer.fleet_start import start_fleet
 from megatron_rl.trainer.policy import Policy
 from megatron_rl.trainer.rollouts_file import ROLLOUTS_FILE, read_rollouts, write_rollouts
 from megatron_rl.trainer.schedule import is_due
 from rollout.types import Rollout
+
+WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,14 @@ def run(config: Config, options: WarmupOptions) -> None:
     runtime = initialize(config)
     console = Console(runtime.is_driver)
     start = begin(config, runtime)
-    policy = Policy(config, runtime, start.arch, start.vocab_limit, config.rollout.temperature)
+    keep_config(config, runtime)
+    policy = Policy(config, runtime, start.arch, start.tokens.limit, config.rollout.temperature)
     weights = PolicyWeights(policy.model, start.arch)
     if options.rollouts is not None:
-        batch = read_rollouts(options.rollouts, start.vocab_limit)
+        batch = read_rollouts(options.rollouts, start.tokens.limit)
     else:
         batch = _generate(config, runtime, start, weights, console, options.batches)
-    frozen = frozen_policy(weights, start.vocab_limit)
+    frozen = frozen_policy(weights, start.tokens.limit)
     head = initial_head(config, frozen, _vocabulary(config, batch, start))
     best = _train(policy, head, frozen, batch, console, options)
     output = options.output or Path(config.run_dir) / "drafter"
@@ -91,9 +95,10 @@ def _train(
         supply.recording(batch, 1, tokens=_affordable_tokens(policy, head)),
     ):
         policy.logprobs(batch, progress)
-    trainer = DraftTrainer(
-        head, store, LossOptions(steps=settings.unroll), OptimizerOptions(lr=settings.lr, weight_decay=0.01)
+    options_of_adam = OptimizerOptions(
+        lr=settings.lr, weight_decay=WEIGHT_DECAY, decay_all=policy.config.train.decay_all
     )
+    trainer = DraftTrainer(head, store, LossOptions(steps=settings.unroll), options_of_adam)
     trainer.policy = frozen
     best, best_length, loss = LiveHead(head), 0.0, math.nan
     with console.phase("training", options.updates) as phase:
@@ -140,9 +145,8 @@ def _vocabulary(config: Config, batch: Batch, start: Start) -> DraftVocabulary |
         return None
     tokens = torch.tensor([token for response in batch.responses for token in response])
     counts = torch.bincount(tokens, minlength=start.arch.vocab_size)
-    end = start.tokenizer.eos_token_id
     try:
-        return choose_vocabulary(counts, size, always=() if end is None else (end,))
+        return choose_vocabulary(counts, size, always=start.tokens.ends)
     except ValueError as error:
         raise ConfigError(f"drafter.draft_vocab={size}: {error}") from None
 
@@ -158,12 +162,13 @@ def _generate(
     """Rollouts of the policy for the prompts of the first `batches` steps, also written to the run's folder."""
     config = _plain(config)
     coordinator = Coordinator(runtime)
+    sets = read_sets(config, start.tokenizer) if runtime.is_driver else None
     console.info(f"starting {config.rollout.engines} rollout engine(s)")
-    fleet, generator = start_fleet(config, runtime, coordinator, start.vocab_limit), None
+    fleet, generator = start_fleet(config, runtime, coordinator, start.tokens), None
     rollouts: list[Rollout] = []
     try:
-        if fleet.engines is not None:
-            generator = Generator(config, start.tokenizer, fleet.engines, console)
+        if fleet.engines is not None and sets is not None:
+            generator = Generator(config, start.tokenizer, sets, fleet.engines, console)
         fleet.connect(weights).sync(0)
         for step in range(1, batches + 1):
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config import Config
 from megatron_rl.config.heldout_sets import set_name
 from megatron_rl.data.order import PromptOrder, rollout_seed
-from megatron_rl.data.prompts import Prompt, load_prompts
-from megatron_rl.evaluation.evaluator import Evaluator, load_set
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.statistics import summarize
 from megatron_rl.generation.async_generation import AsyncGeneration
 from megatron_rl.generation.diversity import group_diversity
@@ -17,6 +17,7 @@ from megatron_rl.generation.dynamic_sampling import DynamicSampling
 from megatron_rl.generation.groups import Group
 from megatron_rl.generation.precision_metrics import generation_metrics
 from megatron_rl.generation.prompt_pool import Pool
+from megatron_rl.generation.prompt_sets import PromptSets
 from megatron_rl.generation.response_reuse import Reuse
 from megatron_rl.generation.rollout_metrics import named_by_k, rollout_metrics
 from megatron_rl.generation.speculation_metrics import drafter_names, speculation_metrics
@@ -50,18 +51,21 @@ class Generator:
     """Prompts in, scored rollouts out."""
 
     def __init__(
-        self, config: Config, tokenizer: "PreTrainedTokenizerBase", fleet: RolloutFleet, console: Console
+        self,
+        config: Config,
+        tokenizer: "PreTrainedTokenizerBase",
+        sets: PromptSets,
+        fleet: RolloutFleet,
+        console: Console,
     ) -> None:
-        """Read all prompt sets and start the reward workers.
+        """Start the reward workers.
 
         Raises:
-            ConfigError: when a set or the reward cannot be used.
+            ConfigError: when the reward cannot be used.
         """
-        data = config.data
         self._config, self._tokenizer, self._fleet, self._console = config, tokenizer, fleet, console
-        self._prompts = load_prompts(data.train, data, tokenizer, data.split, heldout=False)
-        self._heldout = {spec: load_set(spec, config, tokenizer) for spec in data.eval}
-        self._order = PromptOrder(len(self._prompts), config.train.prompts_per_step, data.seed)
+        self._prompts, self._heldout = sets.train, sets.heldout
+        self._order = PromptOrder(len(self._prompts), config.train.prompts_per_step, config.data.seed)
         self._scorer = Scorer(config.reward, config.rollout.max_tokens)
         self._scoring_seconds = 0.0
         self.refills = 0

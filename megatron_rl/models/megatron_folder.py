@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.config.hub import local_folder
@@ -40,7 +41,7 @@ def write_model_folder(
     Rank 0's `driver` values go to `folder/driver/<name>.json`, its `tensors` to `folder/driver/<name>.pt`.
     """
     checkpointing.install()
-    with new_model_folder(folder, template) as draft:
+    with new_model_folder(folder, template, _weights_dtype(contents)) as draft:
         (draft / "megatron").mkdir(exist_ok=True)
         dist_checkpointing.save(contents, str(draft / "megatron"))
         if (driver or tensors) and torch.distributed.get_rank() == 0:
@@ -51,6 +52,12 @@ def write_model_folder(
                 torch.save(value, draft / "driver" / f"{name}.pt")
         if torch.distributed.get_rank() == 0:
             write_manifest(draft)
+
+
+def _weights_dtype(contents: Mapping[str, Any]) -> torch.dtype | None:
+    """Of the weights that this rank has in a sharded state dict."""
+    tensors = (value for value in contents.get("model", {}).values() if isinstance(value, ShardedTensor))
+    return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), None)
 
 
 def _load(contents: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.config.hub import local_folder
 from megatron_rl.distributed.device import shared_store
+from megatron_rl.models.stored_precision import say_precision
 
 MODEL_FILES = (".json", ".txt", ".model", ".jinja")
 DRAFT, REPLACED = ".tmp", ".old"
@@ -22,8 +23,10 @@ _PROBE_BYTES = 4 * 2**20
 
 
 @contextlib.contextmanager
-def new_model_folder(folder: Path, template: str | Path) -> Iterator[Path]:
+def new_model_folder(folder: Path, template: str | Path, dtype: torch.dtype | None = None) -> Iterator[Path]:
     """A draft with the config and tokenizer of the model `template`, which becomes `folder` when the block ends.
+
+    The config says `dtype`, in which the weights are written; None: what the template says.
 
     Called on every rank. All may write into the draft; rank 0 makes, names and cleans up the folders. A folder of that
     name is replaced: until the new one has its place it keeps existing, at most for a moment as `<folder>.old`.
@@ -38,6 +41,8 @@ def new_model_folder(folder: Path, template: str | Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             _copy_model_files(template, draft)
+            if dtype is not None:
+                say_precision(draft, dtype)
         torch.distributed.barrier()
         yield draft
     except (Exception, CheckpointException) as error:  # torch derives its own from BaseException

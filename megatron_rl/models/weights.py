@@ -215,7 +215,7 @@ def export_hf(
         folder: to write.
         progress: called on rank 0 after every tensor.
     """
-    with new_model_folder(folder, template) as draft:
+    with new_model_folder(folder, template, source.dtype) as draft:
         if torch.distributed.get_rank() == 0:
             _write_tensors(source, draft, progress)
         else:

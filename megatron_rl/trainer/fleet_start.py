@@ -7,6 +7,7 @@ from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.engine_environment import engine_environment
 from megatron_rl.distributed.runtime import Runtime
 from megatron_rl.distributed.watchdog import leave
+from megatron_rl.models.token_ids import TokenIds
 from megatron_rl.models.weights import PolicyWeights
 from megatron_rl.stateful import Stateful
 from megatron_rl.trainer.weight_sync import WeightSync
@@ -84,11 +85,11 @@ class FleetConnection:
 
 
 def start_fleet(
-    config: Config, runtime: Runtime, coordinator: Coordinator, vocab_limit: int, drafter_path: str | None = None
+    config: Config, runtime: Runtime, coordinator: Coordinator, tokens: TokenIds, drafter_path: str | None = None
 ) -> FleetConnection:
     """Start the engines on the driver, without waiting for them; to be called on every rank.
 
-        fleet = start_fleet(config, runtime, coordinator, vocab_limit)
+        fleet = start_fleet(config, runtime, coordinator, tokens)
         policy = ...  # while the engines start
         fleet.connect(PolicyWeights(policy.model, arch)).sync(version)
         ...
@@ -98,13 +99,13 @@ def start_fleet(
         config: the experiment; `model.path` says what shape the engines' model has.
         runtime: this process's place.
         coordinator: brings all ranks together when an engine has to get its weights again.
-        vocab_limit: token ids from here on are never sampled.
+        tokens: which ids can be sampled, and which end a response.
         drafter_path: folder of the EAGLE head that the engines start with; None: `drafter.path`.
 
     Raises:
         ConfigError: when the config does not fit this machine.
     """
-    environment = engine_environment(config, vocab_limit)
+    environment = engine_environment(config, tokens.limit, tokens.ends)
     fleet = FleetConnection(config, runtime, coordinator, environment.weight_sync)
     if runtime.is_driver:
         fleet.start_engines(

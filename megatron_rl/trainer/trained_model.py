@@ -94,8 +94,7 @@ class TrainedModel(PipelineModel):
         skipped = not bool(batch.values["weights"].any())
         if skipped:
             rate = 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_groups(rate)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         self.updates += 1
@@ -112,6 +111,17 @@ class TrainedModel(PipelineModel):
         if self.routing is not None:
             own |= self.routing.metrics(self.runtime.control_group)
         return metrics | own if self.runtime.is_driver else {}
+
+    def _set_groups(self, rate: float) -> None:
+        """Set what the groups of parameters are updated by; a checkpoint has brought the settings of an earlier run.
+
+        megatron-core marks norms and biases for its own scheduler, which would exempt them from weight decay.
+        """
+        train = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = train.weight_decay * (1.0 if train.decay_all else group["wd_mult"])
+            group["betas"] = (train.adam_beta1, train.adam_beta2)
 
     def _sum_on_driver(self, results: list[dict[str, torch.Tensor]]) -> Metrics:
         mine: Metrics = {}

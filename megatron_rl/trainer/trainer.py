@@ -96,7 +96,8 @@ class Trainer(TrainedModel):
         # Constants of the whole mini-batch, the same on every rank: how it is split cannot change them.
         correction = _correct(minibatch.values, lengths, settings)
         total = int(correction.kept.sum())
-        weights = token_weights(lengths, settings.aggregation, correction.kept, self.config.rollout.max_tokens)
+        longest, denominator = self.config.rollout.max_tokens, settings.correction.denominator
+        weights = token_weights(lengths, settings.aggregation, correction.kept, longest, denominator)
 
         def loss(
             microbatch: Microbatch, logprobs: torch.Tensor, entropies: torch.Tensor

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -39,6 +40,7 @@ class RolloutEngine:
         coupled: bool = True,
         sampling: dict[str, Any] | None = None,
         precision: str = "none",
+        end_ids: Sequence[int] = (),
     ) -> None:
         """Note the options; `start` loads the model, because an actor's errors are clearer in a method.
 
@@ -47,9 +49,10 @@ class RolloutEngine:
             coupled: sample with each request's seed; otherwise by vLLM's own rules.
             sampling: further options of vLLM's SamplingParams for every request.
             precision: what rollouts are marked with, by the names of `rollout.quantization`.
+            end_ids: token ids that end a response; what the model's files say does not count.
         """
         self._arguments, self._coupled, self._sampling = arguments, coupled, sampling or {}
-        self._precision = precision
+        self._precision, self._end_ids = precision, list(end_ids)
         self._limit: int | None = None
         self._internal_names: dict[str, str] = {}
         self._running: dict[str, RolloutRequest] = {}
@@ -72,18 +75,14 @@ class RolloutEngine:
             reasons = "; ".join(part["msg"] for part in error.errors())
             raise ConfigError(f"vLLM refuses the engine's options (rollout.vllm): {reasons}") from None
         self._llm = LLMEngine.from_vllm_config(engine_config, disable_log_stats=self._arguments["disable_log_stats"])
-        self._stop_ids = self._eos_token_ids()
+        # Or vLLM would add those of generation_config.json, which the trainer has reconciled with the others.
+        self._llm.input_processor.generation_config_fields = {}
         settings = SpeculationSettings.from_vllm(self._arguments.get("additional_config", {}))
         if settings is not None and not settings.uses_head:
             # The scheduler drafts: no need to query the worker after every step for drafts.
             self._llm.engine_core.engine_core.check_for_draft_tokens = False
         max_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         return max_requests
-
-    def _eos_token_ids(self) -> list[int]:
-        # vLLM adds those of generation_config.json itself.
-        eos = self._llm.model_config.hf_config.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     def pid(self) -> int:
         """The process id."""
@@ -111,7 +110,7 @@ class RolloutEngine:
             parameters = SamplingParams(
                 temperature=request.temperature,
                 max_tokens=min(request.max_tokens, self._limit or request.max_tokens) - len(request.partial_ids),
-                stop_token_ids=[] if request.ignore_eos else self._stop_ids,
+                stop_token_ids=[] if request.ignore_eos else self._end_ids,
                 ignore_eos=request.ignore_eos,
                 logprobs=0,
                 detokenize=False,

@@ -24,7 +24,9 @@ class EngineEnvironment:
     weight_sync: str
     """shm | ipc | nccl."""
     vocab_limit: int
-    """Token ids from this one on are never sampled: the size of the tokenizer."""
+    """Token ids from this one on are never sampled: the tokenizer does not know them."""
+    end_ids: tuple[int, ...]
+    """Token ids that end a response."""
     vllm: dict[str, Any]
     """vLLM options that suit the machine; those of `rollout.vllm` take precedence."""
     shared_gpus: tuple[str, ...] = ()

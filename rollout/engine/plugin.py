@@ -4,7 +4,7 @@ It changes nothing in vLLM without `MEGATRON_RL_PLUGIN=1` in the environment, wh
 the variables of `rollout.engine.flashrl`, which are for engines of other frameworks. Its settings travel as environment
 variables because vLLM starts worker processes of its own:
 
-- `MEGATRON_RL_VOCAB_LIMIT`: token ids from this one on are never sampled (the size of the tokenizer).
+- `MEGATRON_RL_VOCAB_LIMIT`: token ids from this one on are never sampled (which the tokenizer does not know).
 - `MEGATRON_RL_DISABLE_AMX=1`: vLLM does not use AMX tiles, for machines that advertise but lack them.
 """
 
@@ -56,5 +56,5 @@ def _vocab_limit() -> int | None:
     if text is None:
         return None
     if not text.isdigit() or int(text) == 0:
-        raise ConfigError(f"The environment variable {VOCAB_LIMIT} is {text!r}; set it to the size of the tokenizer.")
+        raise ConfigError(f"The environment variable {VOCAB_LIMIT} is {text!r}; set it to a positive number.")
     return int(text)

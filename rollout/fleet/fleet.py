@@ -73,6 +73,7 @@ class RolloutFleet:
                 rollout.sampler == "coupled",
                 rollout.sampling,
                 precision,
+                environment.end_ids,
             )
             for index, precision in enumerate(rollout.precisions)
         ]

@@ -1,5 +1,6 @@
 """Notices that Ray itself has died, which Ray reports after a minute, or never."""
 
+import atexit
 import socket
 import sys
 import threading
@@ -13,8 +14,14 @@ _OURS = ("gcs_server", "raylet")
 
 
 def lost_part() -> str | None:
-    """The part of Ray that has died, or None: a Ray process that this process started, or the head of the cluster."""
-    dead = {name for name, _ in ray._private.worker.global_worker.node.dead_processes()}
+    """The part of Ray that has died: a Ray process that this process started, or the head of the cluster.
+
+    None: all are there, or this process has no Ray any more.
+    """
+    node = ray._private.worker.global_worker.node
+    if node is None or not ray.is_initialized():
+        return None
+    dead = {name for name, _ in node.dead_processes()}
     for name in _OURS:
         if name in dead:
             return f"its {name}, on this machine"
@@ -40,18 +47,27 @@ class RayWatch:
         """
         self._give_up = give_up
         self._over = threading.Event()
+        # A run that ends early takes Ray down at the exit, before which the watch has to be over.
+        atexit.register(self.close)
         self._thread = threading.Thread(target=self._watch, name="ray-watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop watching; to be called before Ray is shut down."""
+        atexit.unregister(self.close)
         self._over.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL_SECONDS):
-            part = lost_part()
-            if part is not None and not self._over.is_set():
+            try:
+                part = lost_part()
+            except Exception:
+                if ray.is_initialized():
+                    raise
+                return  # it was taken down at this very moment
+            if part is not None and ray.is_initialized() and not self._over.is_set():
                 sentence = (
                     f"Ray has died: {part}. The engines are lost with it; look for the cause (memory? `dmesg`) and "
                     "start again, which goes on from the newest checkpoint."

@@ -6,10 +6,12 @@ engine, so a restarted one is brought up to date from it without the trainer's h
 """
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, ClassVar, Self
 
@@ -92,10 +94,21 @@ def map_segment(name: str, nbytes: int) -> Tensor:
 def create_segment(name: str, nbytes: int) -> SharedMemory:
     """Create a segment, replacing one of that name which a killed run has left behind."""
     with suppress(FileNotFoundError):
-        stale = SharedMemory(name)
-        stale.close()
-        stale.unlink()
+        remove_segment(SharedMemory(name))
     return SharedMemory(name, create=True, size=nbytes)
+
+
+def remove_segment(segment: SharedMemory) -> None:
+    """Unmap a segment and delete it for everyone.
+
+    Python's resource tracker, a process of its own, may have been killed. It is told of the segment once more, which
+    starts a new one: that one would otherwise be asked to forget what it has never heard of, and print a stack trace.
+    """
+    segment.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the tracker died
+        resource_tracker.register(f"/{segment.name}", "shared_memory")
+        segment.unlink()
 
 
 @dataclass
@@ -226,8 +239,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         """Unmap the segment; rank 0 also deletes it."""
         self._segment = None
         if self._owned is not None:
-            self._owned.close()
-            self._owned.unlink()
+            remove_segment(self._owned)
             self._owned = None
 
 

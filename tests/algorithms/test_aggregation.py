@@ -58,3 +58,10 @@ def test_rejected_tokens_count_as_if_they_were_not_there(aggregation):
     without = token_weights(torch.tensor([0, 2, 0, 2]), aggregation)
     torch.testing.assert_close(token_weights(LENGTHS, aggregation, KEPT)[KEPT], without)
     assert token_weights(LENGTHS, aggregation, torch.zeros(6, dtype=torch.bool)).tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_rejected_tokens_may_stay_in_the_denominator(aggregation):
+    weights = token_weights(LENGTHS, aggregation, KEPT, denominator="all")
+    torch.testing.assert_close(weights, token_weights(LENGTHS, aggregation) * KEPT)
+    assert token_weights(LENGTHS, aggregation, torch.zeros(6, dtype=torch.bool), 1, "all").tolist() == [0] * 6

@@ -53,3 +53,22 @@ def test_expected_values_and_gradients_are_those_of_the_kl_divergence():
         torch.testing.assert_close(gradient, expected)
         if estimator != "k2":
             assert value.item() == pytest.approx(reverse.item())
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("difference", [-1000.0, -25.0, -20.0, 20.0, 25.0, 1000.0])
+def test_far_policies_are_pulled_towards_each_other_and_the_gradient_is_finite(estimator, difference):
+    new = torch.tensor([difference - 1001], requires_grad=True)
+    kl_estimate(new, torch.tensor([-1001.0]), estimator).sum().backward()
+    assert torch.isfinite(new.grad).all()
+    assert new.grad.sign().item() == math.copysign(1, difference)
+
+
+def test_the_pull_of_k3_does_not_jump_where_its_exponential_is_bounded():
+    new = torch.tensor([-20.001, -19.999, -30.0], dtype=torch.float64, requires_grad=True)
+    values = kl_estimate(new, torch.zeros(3, dtype=torch.float64), "k3")
+    values.sum().backward()
+    outside, inside, far = new.grad.tolist()
+    assert outside == far == pytest.approx(1 - math.exp(20))
+    assert inside == pytest.approx(outside, rel=2e-3)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=3e-3)

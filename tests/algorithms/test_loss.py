@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms import ppo_loss
+from megatron_rl.algorithms import PolicyTokens, ppo_loss
+from megatron_rl.algorithms.gspo import Gspo
+from megatron_rl.config.algorithm import AlgorithmConfig
 
 
 def _loss(ratios, advantages, low=0.2, high=0.3, dual=None):
@@ -58,6 +60,22 @@ def test_a_huge_log_ratio_stays_finite():
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(new.grad).all()
+
+
+@pytest.mark.parametrize("loss_of", ["token", "response"])
+def test_a_token_that_became_far_too_likely_keeps_its_gradient(loss_of):
+    new = torch.tensor([19.99, 20.01, 50.0], dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.zeros(3, dtype=torch.float64), torch.full((3,), -1.0, dtype=torch.float64)
+    if loss_of == "token":
+        loss, clipped = ppo_loss(new, old, advantages, 0.2, 0.2)
+    else:
+        kept = torch.ones(3, dtype=torch.float64)
+        tokens = PolicyTokens(new, old, old, kept, None, advantages, kept, torch.tensor([1, 1, 1]), 3)
+        loss, clipped = Gspo(AlgorithmConfig(name="gspo")).token_loss(tokens)
+    loss.sum().backward()
+    assert not clipped.any()
+    assert new.grad[0].item() == pytest.approx(math.exp(19.99))
+    assert new.grad[1:].tolist() == pytest.approx([math.exp(20)] * 2), "bounded, and it does not vanish"
 
 
 def test_on_policy_gradient_is_the_policy_gradient():

@@ -97,7 +97,7 @@ def test_engines_take_the_entries_in_turn() -> None:
 @pytest.mark.parametrize("kind", ["fp8", "fp8_channel", "fp8_block"])
 def test_fp8_is_refused_on_a_cpu(kind: str) -> None:
     config = _config(quantization=kind)
-    for refuse in (check_device, lambda config: engine_environment(config, 100)):
+    for refuse in (check_device, lambda config: engine_environment(config, 100, (1,))):
         with pytest.raises(ConfigError, match=f"rollout.quantization={kind} needs a GPU"):
             refuse(config)
 

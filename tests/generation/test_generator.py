@@ -10,9 +10,10 @@ from megatron_rl.config import Config
 from megatron_rl.data.order import PromptOrder
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.generation.generator import Generator
+from megatron_rl.generation.prompt_sets import read_sets
 from megatron_rl.models.scratch import make_scratch_model
+from megatron_rl.models.token_ids import load_tokenizer
 from megatron_rl.observability.console import Console
-from megatron_rl.preflight import load_tokenizer
 from rollout.fleet.mixed_precision import PrecisionCounts
 from rollout.types import Rollout, RolloutRequest, SpeculationCounts, TokenSource
 
@@ -86,7 +87,7 @@ def make(tmp_path: Path):
             make_scratch_model(config.model.path, config.model.scratch)
         tokenizer = load_tokenizer(config.model.path)
         fleet = EchoFleet(tokenizer("=1")["input_ids"])
-        return Generator(config, tokenizer, fleet, Console(False)), fleet, config
+        return Generator(config, tokenizer, read_sets(config, tokenizer), fleet, Console(False)), fleet, config
 
     return build
 

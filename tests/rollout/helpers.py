@@ -16,7 +16,7 @@ from rollout.fleet.local_ray import start_ray
 from rollout.types import RolloutRequest
 from tests.rollout.tiny_models import char_tokenizer
 
-VOCAB_LIMIT = len(char_tokenizer())
+VOCAB_LIMIT, EOS = len(char_tokenizer()), char_tokenizer().eos_token_id
 
 
 def make_config(folder: Path, model: Path, **rollout: object) -> Config:
@@ -30,7 +30,9 @@ def make_config(folder: Path, model: Path, **rollout: object) -> Config:
     )
 
 
-def make_environment(dtype: str = "float32", vocab_limit: int = VOCAB_LIMIT, **env: str) -> EngineEnvironment:
+def make_environment(
+    dtype: str = "float32", vocab_limit: int = VOCAB_LIMIT, end_ids: tuple[int, ...] = (EOS,), **env: str
+) -> EngineEnvironment:
     variables = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -44,6 +46,7 @@ def make_environment(dtype: str = "float32", vocab_limit: int = VOCAB_LIMIT, **e
         dtype=dtype,
         weight_sync="shm",
         vocab_limit=vocab_limit,
+        end_ids=end_ids,
         vllm={"enforce_eager": True, "max_num_seqs": 32},
     )
 
@@ -102,7 +105,9 @@ def open_arguments(
     config = make_config(folder, model, **rollout)
     arguments = engine_arguments(config, make_environment(), str(model), drafter_path)
     arguments |= {"load_format": "auto"} | (vllm or {})
-    return arguments, config.rollout.sampler == "coupled", config.rollout.sampling, config.rollout.precisions[0]
+    rollout_settings = config.rollout
+    coupled, sampling = rollout_settings.sampler == "coupled", rollout_settings.sampling
+    return arguments, coupled, sampling, rollout_settings.precisions[0], (EOS,)
 
 
 def generate(actor: Any, requests: list) -> list:

@@ -24,6 +24,7 @@ FORMS = {
     "token-tis": {"normalize": True},
     "sequence-tis": {"level": "sequence", "normalize": True},
     "token-mask": {"kind": "mask", "floor": 0.5, "normalize": True},
+    "token-mask-over-all": {"kind": "mask", "floor": 0.5, "denominator": "all"},
     "sequence-mask": {"kind": "mask", "level": "sequence", "floor": 0.5, "veto": 0.4},
     "geometric-mask": {"kind": "mask", "level": "geometric", "cap": 1.05, "floor": 0.95},
 }

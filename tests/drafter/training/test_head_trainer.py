@@ -136,3 +136,20 @@ def test_ranks_with_unequal_numbers_of_slices_take_the_step_of_one_batch(tmp_pat
     for name, value in alone.head.state_dict().items():
         assert torch.equal(ranks[0]["head"][name], ranks[1]["head"][name])
         torch.testing.assert_close(ranks[0]["head"][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_norms_of_a_head_do_not_decay_unless_asked():
+    heads = {}
+    for name, options in {"none": (0.0, False), "usual": (0.5, False), "all": (0.5, True)}.items():
+        heads[name] = new_head()
+        trainer = make_trainer(heads[name])
+        trainer._options = OptimizerOptions(lr=1e-2, warmup_steps=1, weight_decay=options[0], decay_all=options[1])
+        trainer.reset_optimizer()
+        run_slices(trainer, 2)
+        trainer.flush()
+    named = {name: dict(head.named_parameters()) for name, head in heads.items()}
+    vectors = [name for name, value in named["none"].items() if value.ndim == 1]
+    assert vectors
+    for name, value in named["none"].items():
+        assert torch.equal(named["usual"][name], value) == (name in vectors), name
+        assert not torch.equal(named["all"][name], value), name

@@ -1,6 +1,8 @@
 """Weights through shared memory: engines generate with them, hold their bits, and leave nothing behind."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from rollout.fleet.weight_client import FleetClient
 from rollout.weight_transfer.checksum import differing, source_checksums
 from rollout.weight_transfer.connection import WeightConnection, connect, segment_name
 from rollout.weight_transfer.shm import ShardedWeightSource, create_segment, map_segment, plan_segment, segment_bytes
+from tests.launching import ROOT
 from tests.rollout.helpers import make_config, make_environment, make_requests, tokens_by_key
 from tests.rollout.tiny_models import make_model
 
@@ -171,3 +174,22 @@ def test_an_unknown_backend_is_refused(fleet: RolloutFleet, model: Path) -> None
     with pytest.raises(ValueError, match="not one of shm, ipc, nccl"):
         connect("tcp", rank=0, client=FleetClient(fleet), source=StateDictSource(_load(model)), barrier=_no_wait,
                 segment="x", workers=1)  # fmt: skip
+
+
+KILLED_TRACKER = """
+import os, signal, sys
+from multiprocessing import resource_tracker
+from rollout.weight_transfer.shm import create_segment, remove_segment
+segment = create_segment(sys.argv[1], 4096)
+if sys.argv[2] == "killed":
+    os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+remove_segment(segment)
+assert not os.path.exists(f"/dev/shm/{sys.argv[1]}")
+"""
+
+
+@pytest.mark.parametrize("tracker", ["alive", "killed"])
+def test_a_segment_goes_without_a_word_even_when_its_resource_tracker_was_killed(tracker: str) -> None:
+    command = [sys.executable, "-c", KILLED_TRACKER, f"test-{os.getpid()}-{tracker}", tracker]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
