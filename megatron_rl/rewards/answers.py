@@ -10,7 +10,7 @@ from megatron_rl.rewards.math_text import announced, answers, number, plain_late
 TYPESETTING = (  # ways of writing that mean the same
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (re.compile(r"\\(?:text\w*|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\?%|\\[,;:! ]|~|\^\\circ|\^\{\\circ\}"), ""),
+    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\(?=%)|\\[,;:! ]|~|\^\\circ|\^\{\\circ\}"), ""),
 )
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 _LETTER = re.compile(r"\**[(\[]?([A-Z])[)\]]?[.:]?\**|[(\[]([A-Z])[)\]].*|([A-Z])[).:]\s.*", re.DOTALL)

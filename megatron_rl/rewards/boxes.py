@@ -23,6 +23,8 @@ def without_boxes(text: str) -> str:
 
 
 def _last_box(text: str) -> tuple[str | None, str]:
+    if "box" not in text:
+        return None, text
     last: tuple[int, str] | None = None
     opened: list[tuple[int, int] | None] = []  # of a box: where it starts and where its content does
     empty: list[tuple[int, int]] = []

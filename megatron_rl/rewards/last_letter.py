@@ -13,7 +13,7 @@ _MARKUP = re.compile(r"\\[()\[\]]|[$*`{}#>\"\u201c\u201d]|(?<![A-Za-z0-9])_+|_+(
 
 _LABELLED = re.compile(r"(?<![A-Za-z])(?:\(([A-Za-z])\)|\[([A-Za-z])\])")
 _LETTER = r"(?:\([A-Za-z]\)|\[[A-Za-z]\]|[A-Z](?![A-Za-z0-9_^'\u2019(])[).]?)"
-_LIST = re.compile(rf"{_LETTER}(?:\s*(?:[,;&/+]|,?\s*\band\b|,?\s*\bor\b|\s)\s*{_LETTER})*")
+_LIST = re.compile(rf"{_LETTER}(?:\s*(?:[,;&/+]|,?\s*\band\b|,?\s*\bor\b)\s*{_LETTER})*")
 _RUN = re.compile(r"[(\[]?([A-H]{2,8})[)\]]?(?=\s*\.?\s*$)", re.MULTILINE)
 _LOWER = re.compile(r"([a-z])[).]?\s*$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\s*(?:$|\n|[.;!?](?!\w))")
@@ -26,19 +26,28 @@ _BARE = re.compile(r"(?<![A-Za-z\\0-9^_])(?<![0-9] )([A-HJ])(?![A-Za-z0-9_^'\u20
 
 _CALLED = r"(?:the\s+)?(?:correct\s+|best\s+|right\s+)?(?:(?:option|choice|answer|letter|alternative)\s*:?\s*)?"
 _ADVERB = r"(?:(?:therefore|thus|hence|then|clearly|obviously|simply|just|indeed|actually|definitely|probably|most|likely),?\s+)*"
-_ANNOUNCED = re.compile(
+# A choice is announced by one of these words, and what follows or stands before it decides: looking for the words alone
+# is fast in a long text, which is in lower case for that.
+_KEYWORD = re.compile(
+    r"answer|option|choice|letter|alternative|selection|choose|chose|pick|select|go with|going with|went with|which is|"
+    r"corresponds to|matches|i\.e\.|namely|correct|right|best|\u7b54\u6848|\u9009"
+)
+_IS = r"\s*(?:\b(?:is|be|must\s+be|should\s+be|would\s+be)\b|[:=]|->)*\s*"
+_AFTER_KEYWORD = re.compile(
     r"(?i:"
-    r"\b(?:answer|(?:correct|right|best|final|my)\s+(?:option|choice|letter|alternative|selection))\b"
-    r"(?:\s+(?:to|for|of|here|choice|option|letter)\b[^.:\n]{0,60}?)?"
-    r"\s*(?:\b(?:is|be|must\s+be|should\s+be|would\s+be)\b|[:=]|->)*\s*"
-    r"|\b(?:choose|chose|pick|picked|select|selected|go\s+with|going\s+with|went\s+with)\s+"
-    r"|\b(?:which\s+is|corresponds\s+to|matches|i\.e\.,?|namely)\s+(?=(?:the\s+)?(?:option|choice|answer|letter)\b)"
-    r"|(?:\u7b54\u6848|\u9009\u9879|\u6545\u9009|\u5e94\u9009|\u9009\u62e9|\u9009)\s*(?:\u5e94\u8be5\u662f|\u5e94\u4e3a|\u662f|\u4e3a|:)*\s*"
+    r"(?:answer|(?:option|choice|letter|alternative|selection))\b"
+    r"(?:\s+(?:to|for|of|here|choice|option|letter)\b[^.:\n]{0,60}?(?=\s+is\b|\s*[:=]))?" + _IS + r"|"
+    r"(?:choose|chose|pick|picked|select|selected|go\s+with|going\s+with|went\s+with)\s+|"
+    r"(?:which\s+is|corresponds\s+to|matches|i\.e\.,?|namely)\s+(?=(?:the\s+)?(?:option|choice|answer|letter)\b)|"
+    r"(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9|\u9009)\s*(?:\u5e94\u8be5\u662f|\u5e94\u4e3a|\u662f|\u4e3a|:)*\s*"
     r")(?i:" + _ADVERB + _CALLED + ")"
 )
-_CONFIRMED = re.compile(
+QUALIFIED = ("option", "choice", "letter", "alternative", "selection")
+"""These announce a choice only after an adjective: `the correct option is B`."""
+_QUALIFIER = re.compile(r"(?i:correct|right|best|final|my)\s+$")
+_CONFIRMED = re.compile(  # before "correct", "right" or "best"
     r"(?<![A-Za-z])(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])[).]?)\s+(?i:is|must\s+be|seems)\s+"
-    r"(?i:the\s+|therefore\s+|clearly\s+|most\s+|only\s+)*(?i:correct|right|best)(?![a-z])"
+    r"(?i:the\s+|therefore\s+|clearly\s+|most\s+|only\s+)*$"
 )
 
 
@@ -63,14 +72,20 @@ def _plain(text: str) -> str:
 
 def _announced(text: str) -> str | None:
     """The choice in the last place that announces one."""
-    found: list[tuple[int, str]] = []
-    for place in _ANNOUNCED.finditer(text):
-        rest = text[place.end() : place.end() + 200]
-        if chosen := _of_phrase(rest, whole=False):
-            found.append((place.end(), chosen))
-    for place in _CONFIRMED.finditer(text):
-        found.append((place.start(), _group(place)))
-    return max(found)[1] if found else None
+    lower = text.lower()
+    for keyword in reversed(list(_KEYWORD.finditer(lower if len(lower) == len(text) else text))):
+        before, word = text[max(keyword.start() - 40, 0) : keyword.start()], keyword[0]
+        if before[-1:].isascii() and before[-1:].isalpha():
+            continue
+        if word in ("correct", "right", "best"):
+            if found := _CONFIRMED.search(before):
+                return _group(found)
+        elif word in QUALIFIED and not _QUALIFIER.search(before):
+            continue
+        elif place := _AFTER_KEYWORD.match(text, keyword.start()):
+            if chosen := _of_phrase(text[place.end() : place.end() + 200], whole=False):
+                return chosen
+    return None
 
 
 def _of_phrase(phrase: str, whole: bool) -> str | None:
@@ -110,6 +125,8 @@ def _of_lines(text: str) -> str | None:
     listed = _LIST.fullmatch(last.rstrip(".:!")) or re.fullmatch(r"([a-z])[).]?", last)
     if listed:
         return _letters(listed[0].upper())
+    if (run := _RUN.fullmatch(last)) and "".join(sorted(set(run[1]))) == run[1]:
+        return run[1]
     labels = {_group(label) for line in lines if (label := _LEADING.match(line))}
     return labels.pop() if len(labels) == 1 and _LEADING.match(lines[0]) else None
 

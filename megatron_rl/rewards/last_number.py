@@ -25,6 +25,8 @@ _NUMBER = re.compile(
 )
 _POWER_OF_TEN = re.compile("(?<=10)[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
+_REACH = 200
+"""Characters: so far before its end a number starts, if there is a space in between."""
 _AFTER_CARET = re.compile(r"\^\s*\{?\s*$")
 
 
@@ -35,6 +37,8 @@ def last_number(text: str) -> Number | None:
     (`3/4`, `\\frac{3}{4}`, `2 1/2`), signs and digits of other typefaces. An exponent, as of `m^2`, is no number of its
     own. Currency and percent signs do not matter.
     """
+    if text.isascii():
+        text = _end(text)  # most of a long response need not be read
     text = in_ascii(text)
     if not text.isascii():
         text = _POWER_OF_TEN.sub(lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
@@ -43,6 +47,12 @@ def last_number(text: str) -> Number | None:
         if last is None or not _AFTER_CARET.search(text, max(found.start() - 4, 0), found.start()):
             last = found
     return None if last is None else _value(last, text)
+
+
+def _end(text: str) -> str:
+    """`text` from a space on that is well before the last digit."""
+    before = max(map(text.rfind, "0123456789")) - _REACH
+    return text[max(text.rfind(" ", 0, before), text.rfind("\n", 0, before)) + 1 :] if before > 0 else text
 
 
 def _value(found: re.Match[str], text: str) -> Number:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rl.rewards.boxes import boxed, without_boxes
 from megatron_rl.rewards.judgement import Judgement
-from megatron_rl.rewards.math_text import announced, answers, equal_numbers, number, plain_latex
+from megatron_rl.rewards.math_text import announced, answers, equal_numbers, for_math_verify, links, number, percent, plain_latex
 
 TINY = 1e-4
 """math-verify rounds to six decimals, which is all that numbers below this have."""
@@ -24,6 +24,13 @@ class Reading:
     """In one way of writing."""
     values: list[Any]
     """What math-verify makes of it, one per answer, in its order."""
+
+
+@dataclass(frozen=True)
+class Percent:
+    """A number with a percent sign, which says the same as the number and as a hundredth of it."""
+
+    value: Decimal
 
 
 def judge_math(response: str, answer: str) -> Judgement:
@@ -75,23 +82,30 @@ def _judge(gold: Reading, text: str) -> Judgement:
 def _values(text: str) -> list[Any]:
     """What math-verify makes of each answer of a text; an empty list when it cannot read all of them."""
     parts = answers(text)
-    values = [_value(part) for part in parts]
+    values = [value for part in parts for value in _read(part)]
     if None in values:
         whole = _parse_latex(text) if len(parts) > 1 else None
         values = [] if whole is None else [whole]
     return _members(values)
 
 
-def _value(part: str) -> Any:
-    exact = number(part)
-    return _parse_latex(part) if exact is None else exact
+def _read(part: str) -> list[Any]:
+    """The values of one answer, of which a plus-minus has two; [None] when math-verify cannot read it."""
+    if (exact := number(part)) is not None:
+        return [exact]
+    if (share := percent(part)) is not None:
+        return [Percent(share)]
+    if chain := links(part):
+        return [_parse_latex(link) for link in chain]
+    value = _parse_latex(part)
+    return _members([value]) if "\\pm" in part else [value]
 
 
 def _parse_latex(text: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     _quiet()
-    found = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
+    found = parse(f"${for_math_verify(text)}$", [LatexExtractionConfig()], parsing_timeout=None)
     return next((value for value in found if not isinstance(value, str)), None)
 
 
@@ -125,8 +139,10 @@ def _same_answers(gold: list[Any], found: list[Any]) -> bool:
         return all(map(_equal, coordinates, found))
     if len(found) == 1 < len(gold):
         found = _coordinates(found[0])
+    if len(gold) == 1 and (solutions := _solutions(found)) is not None and _verify(gold[0], solutions):
+        return True
     if len(gold) != len(found):
-        return len(gold) == 1 and _verify(gold[0], _solutions(found))
+        return False
     left = list(found)
     for each in gold:
         place = next((place for place, other in enumerate(left) if _equal(each, other)), None)
@@ -165,6 +181,12 @@ def _verify(gold: Any, found: Any) -> bool:
 
 
 def _equal(gold: Any, found: Any) -> bool:
+    if isinstance(gold, Percent) and isinstance(found, Percent):
+        return _equal(gold.value, found.value)
+    if isinstance(gold, Percent):
+        return _equal(gold.value, found) or _equal(gold.value / 100, found)
+    if isinstance(found, Percent):
+        return _equal(gold, found.value) or _equal(gold, found.value / 100)
     if isinstance(gold, Decimal) and isinstance(found, Decimal):
         return equal_numbers(gold, found)
     gold, found = _as_sympy(gold), _as_sympy(found)

@@ -35,8 +35,14 @@ _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\
 _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 _LIST_COMMA = re.compile(r"(?<!\\)\$\s*(,|;|and\b|or\b)|([,;]|\band|\bor)\s*(?<!\\)\$")  # it parts two answers
 _DELIMITER = re.compile(r"\\[()\[\]](?![a-zA-Z])|\\?\$|\\displaystyle(?![a-zA-Z])")
-_SPACE = re.compile(r"\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\s+")
+_SPACE = re.compile(r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\s+")
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]\{?([+-]?[0-9]{1,4})\}?(?!\w|\.[0-9]|\^)")
+_UNIT_POWER = re.compile(  # without a power math-verify leaves units out itself; `m` may be a variable
+    r"(?<=[0-9}])\s*(?:mm|cm|dm|km|ft|yd|inch|inches|foot|feet|yards?|miles?|met(?:er|re)s?|units?)\s*\^\s*\{?\s*[23]\s*\}?$"
+)
+_UNIT_LETTER = re.compile(r"[0-9] [msghl]$")  # as people write metres, seconds, grams, hours and litres
+_LAST_LETTER = re.compile(r"((?:^|[^A-Za-z\\])(?:a(?=b$)|b(?=c$)|s(?=t$)|m(?=p$)|m(?=t$)|l(?=t$))?)([a-hj-zA-Z])$")
+_SET_BUILDER = re.compile(r"^\\\{\s*[a-zA-Z]\s*(?:\\mid(?![a-z])|\||:)(.*)\\\}$")
 _MIXED = re.compile(r"(?<![\w.}^])([0-9]+) +([0-9]+)/([0-9]+)(?![\w.])")
 _REPEATING = re.compile(r"(?<![\w.])([0-9]*)\.([0-9]{0,9})\\(?:overline|bar|dot)\s*\{([0-9]{1,9})\}")
 _CONDITION = re.compile(r"[,;]?\s*(?:\\(?:text\w*|mathrm)\s*\{\s*)?,?\s*\bwhere\b.*$", re.DOTALL)
@@ -49,19 +55,32 @@ _RENAMED = (
     ),
     (re.compile(r"(?<![A-Za-z\\{])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\{:\}"), ":"),
+    *(
+        (re.compile(rf"(?<=[0-9])\s*(?:\\text\w*\s*\{{\s*)?{word}s?\b(?:\s*\}})?"), rf" \\times 10^{{{power}}}")
+        for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-z])"), r"\\ln"),
     (re.compile(r"\\hbar(?![a-z])"), "h_{bar}"),
     (re.compile(r"(?<=[0-9])\.(?![0-9])"), ""),
-    (re.compile(r"(?<![A-Za-z\\{])([Ee])(?=_)"), r"\\mathrm{\1}"),
+    (re.compile(r"(?<![A-Za-z\\{])E(?=_)|(?<=[{])E(?=_)"), r"\\varepsilon"),
+    (re.compile(r"(?<![A-Za-z\\{])e(?=_)"), r"\\epsilon"),
     (re.compile(r"_\s*(?:\{\s*\\([a-z]+)\s*\}|\\(odot|max|min|star|ast)(?![a-z]))"), lambda sub: f"_{{{sub[1] or sub[2]}}}"),
 )
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _AND = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _ANNOUNCED = re.compile(r"(?i)\banswers?\b[^.:\n]{0,40}?(?:\b(?:is|are)\b|:)\s*:?\s*([^\n]+)")
 _SENTENCE_END = re.compile(r"[.!?]?\s*$|[.!?]\s")
+_RELATION = re.compile(r"(<|>|=|\\leq?(?![a-z])|\\geq?(?![a-z]))")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?[0-9]{1,4})\s*\}|(?P<digit>[0-9])))?"
 )
+
+
+def for_math_verify(text: str) -> str:
+    """`text` so that math-verify does not take its last letter for a unit: it reads `2c` and `3ab` as 2 and 3."""
+    return text if _UNIT_LETTER.search(text) else _LAST_LETTER.sub(r"\1{\2}", text)
 
 
 def plain_latex(text: str) -> str:
@@ -79,7 +98,8 @@ def plain_latex(text: str) -> str:
     for pattern, replacement in _RENAMED:
         text = pattern.sub(replacement, text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    return text.strip().removesuffix(".").rstrip()
+    text = _UNIT_POWER.sub("", text.strip().removesuffix(".").rstrip())
+    return _SET_BUILDER.sub(r"\1", text).strip()
 
 
 def announced(text: str) -> str | None:
@@ -130,6 +150,20 @@ def answers(text: str) -> list[str]:
 def _flat(part: str) -> bool:
     """Without brackets, in which a comma before three digits may part two numbers."""
     return not any(bracket in part for bracket in "([")
+
+
+def links(part: str) -> list[str]:
+    """The relations between neighbours in a chain of variables such as `a < b < c`; none when it is something else."""
+    pieces = [piece.strip() for piece in _RELATION.split(part)]
+    if len(pieces) < 5 or not all(len(piece) == 1 and piece.isalpha() for piece in pieces[::2]):
+        return []
+    return [" ".join(pieces[place : place + 3]) for place in range(0, len(pieces) - 2, 2)]
+
+
+def percent(part: str) -> Decimal | None:
+    """The number before the percent sign that a `plain_latex` text ends in, or None."""
+    before = re.sub(r"\s*(?:\\?%|(?:\\text\s*\{\s*)?percent\s*\}?)$", "", part)
+    return number(before) if before != part else None
 
 
 def number(part: str) -> Decimal | None:
