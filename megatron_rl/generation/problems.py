@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problems:
-    """The prompts of a run, with the processes that score responses to them. Whoever takes them over closes `scorer`."""
+    """The prompts of a run, and the processes that score responses to them: whoever takes them over closes `scorer`."""
 
     prompts: list[Prompt]
     """To train on."""

@@ -12,7 +12,7 @@ TYPESETTING = (  # ways of writing that mean the same
     (re.compile(r"\\(?:text\w*|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\(?=%)|\\[,;:! ]|~|\^\\circ|\^\{\\circ\}"), ""),
 )
-_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
+_WORD = re.compile(r"(?<![\\A-Za-z{])(?!and\b|or\b)[A-Za-z]{2,}")
 _LETTER = re.compile(r"\**[(\[]?([A-Z])[)\]]?[.:]?\**|[(\[]([A-Z])[)\]].*|([A-Z])[).:]\s.*", re.DOTALL)
 
 

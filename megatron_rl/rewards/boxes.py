@@ -3,7 +3,9 @@
 import re
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)\\[{}]|[{}]")  # \{ and \} are characters of the content
-_NOTHING = re.compile(r"(?:\\(?:text\w*|mathrm|mathbf|quad|ldots|dots|cdots|[,;:! ])|[\s{}$~.\N{HORIZONTAL ELLIPSIS}_])*")
+_NOTHING = re.compile(
+    r"(?:\\(?:text\w*|mathrm|mathbf|quad|ldots|dots|cdots|[,;:! ])|[\s{}$~.\N{HORIZONTAL ELLIPSIS}_])*"
+)
 
 
 def boxed(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Characters that mean the same: texts as they are typed, pasted and translated, in ASCII where it has the character."""
+"""Characters that mean the same: as they are typed, pasted and translated, in ASCII where it has the character."""
 
 import re
 
@@ -8,9 +8,9 @@ _SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}\N{FIGURE SP
 _NOTHING = "\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}\N{WORD JOINER}\N{SOFT HYPHEN}\N{LEFT-TO-RIGHT MARK}"
 _TABLE = str.maketrans(
     {
-        **{code: chr(ascii_code) for code, ascii_code in _FULL_WIDTH.items()},
-        **dict.fromkeys(map(ord, _MINUS), "-"),
-        **dict.fromkeys(map(ord, _NOTHING), ""),
+        **{chr(code): chr(ascii_code) for code, ascii_code in _FULL_WIDTH.items()},
+        **dict.fromkeys(_MINUS, "-"),
+        **dict.fromkeys(_NOTHING, ""),
         "\N{IDEOGRAPHIC SPACE}": " ",
         "\N{IDEOGRAPHIC FULL STOP}": ".",
         "\N{LEFT BLACK LENTICULAR BRACKET}": "[",

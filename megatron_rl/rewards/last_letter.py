@@ -17,7 +17,7 @@ _LIST = re.compile(rf"{_LETTER}(?:\s*(?:[,;&/+]|,?\s*\band\b|,?\s*\bor\b)\s*{_LE
 _RUN = re.compile(r"[(\[]?([A-H]{2,8})[)\]]?(?=\s*\.?\s*$)", re.MULTILINE)
 _LOWER = re.compile(r"([a-z])[).]?\s*$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\s*(?:$|\n|[.;!?](?!\w))")
-_LEADING = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:](?![A-Za-z0-9])|([A-Za-z])[).:](?=\s))")
+_LEADING = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])[).:](?![A-Za-z0-9])|([a-z])\)(?![A-Za-z0-9])")
 _ARTICLE = re.compile(  # "A cat", "I think": a word follows that is no continuation of a sentence about a choice
     r"[AI]\s+(?!(?:and|or|as|because|since|for|but|not|is|was|by|due|from|given|if|in|rather|instead|which|that|with|so|"
     r"to|over|on|only|would|does|here)\b)[a-z]"
@@ -25,7 +25,10 @@ _ARTICLE = re.compile(  # "A cat", "I think": a word follows that is no continua
 _BARE = re.compile(r"(?<![A-Za-z\\0-9^_])(?<![0-9] )([A-HJ])(?![A-Za-z0-9_^'\u2019(])")
 
 _CALLED = r"(?:the\s+)?(?:correct\s+|best\s+|right\s+)?(?:(?:option|choice|answer|letter|alternative)\s*:?\s*)?"
-_ADVERB = r"(?:(?:therefore|thus|hence|then|clearly|obviously|simply|just|indeed|actually|definitely|probably|most|likely),?\s+)*"
+_ADVERB = (
+    r"(?:(?:therefore|thus|hence|then|clearly|obviously|simply|just|indeed|actually|definitely|probably|most|likely)"
+    r",?\s+)*"
+)
 # A choice is announced by one of these words, and what follows or stands before it decides: looking for the words alone
 # is fast in a long text, which is in lower case for that.
 _KEYWORD = re.compile(
@@ -82,9 +85,10 @@ def _announced(text: str) -> str | None:
                 return _group(found)
         elif word in QUALIFIED and not _QUALIFIER.search(before):
             continue
-        elif place := _AFTER_KEYWORD.match(text, keyword.start()):
-            if chosen := _of_phrase(text[place.end() : place.end() + 200], whole=False):
-                return chosen
+        elif (place := _AFTER_KEYWORD.match(text, keyword.start())) and (
+            chosen := _of_phrase(text[place.end() : place.end() + 200], whole=False)
+        ):
+            return chosen
     return None
 
 

@@ -24,7 +24,9 @@ _NUMBER = re.compile(
     r"|\s*(?:\\times|\\cdot|\*|x|\u00b7)\s*10\s*(?:\^|\*\*)\s*" + _EXPONENT.replace("NAME", "power") + ")?)"
 )
 _POWER_OF_TEN = re.compile("(?<=10)[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
-_SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+"
+)
 _REACH = 200
 """Characters: so far before its end a number starts, if there is a space in between."""
 _AFTER_CARET = re.compile(r"\^\s*\{?\s*$")

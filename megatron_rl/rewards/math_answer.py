@@ -10,7 +10,16 @@ from typing import Any
 
 from megatron_rl.rewards.boxes import boxed, without_boxes
 from megatron_rl.rewards.judgement import Judgement
-from megatron_rl.rewards.math_text import announced, answers, equal_numbers, for_math_verify, links, number, percent, plain_latex
+from megatron_rl.rewards.math_text import (
+    announced,
+    answers,
+    equal_numbers,
+    for_math_verify,
+    links,
+    number,
+    percent,
+    plain_latex,
+)
 
 TINY = 1e-4
 """math-verify rounds to six decimals, which is all that numbers below this have."""

@@ -1,6 +1,7 @@
 """Mathematical answers as they are written, in one way of writing: LaTeX without delimiters, one text per answer."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 
@@ -31,7 +32,9 @@ _UNICODE = str.maketrans(
     }
 )
 _SUPERSCRIPT = re.compile("[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
-_SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+"
+)
 _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 _LIST_COMMA = re.compile(r"(?<!\\)\$\s*(,|;|and\b|or\b)|([,;]|\band|\bor)\s*(?<!\\)\$")  # it parts two answers
 _DELIMITER = re.compile(r"\\[()\[\]](?![a-zA-Z])|\\?\$|\\displaystyle(?![a-zA-Z])")
@@ -47,14 +50,17 @@ _MIXED = re.compile(r"(?<![\w.}^])([0-9]+) +([0-9]+)/([0-9]+)(?![\w.])")
 _REPEATING = re.compile(r"(?<![\w.])([0-9]*)\.([0-9]{0,9})\\(?:overline|bar|dot)\s*\{([0-9]{1,9})\}")
 _CONDITION = re.compile(r"[,;]?\s*(?:\\(?:text\w*|mathrm)\s*\{\s*)?,?\s*\bwhere\b.*$", re.DOTALL)
 # What math-verify takes for something else, or cannot read, and what it reads.
-_RENAMED = (
+_RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"(?<![\w.])(?:np|math)\."), ""),
     (
-        re.compile(r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[(\\0-9])"),
+        re.compile(
+            r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[(\\0-9])"
+        ),
         r"\\\1",
     ),
     (re.compile(r"(?<![A-Za-z\\{])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=\\[lg])eqslant(?![a-z])"), "e"),
     (re.compile(r"\{:\}"), ":"),
     *(
         (re.compile(rf"(?<=[0-9])\s*(?:\\text\w*\s*\{{\s*)?{word}s?\b(?:\s*\}})?"), rf" \\times 10^{{{power}}}")
@@ -65,7 +71,10 @@ _RENAMED = (
     (re.compile(r"(?<=[0-9])\.(?![0-9])"), ""),
     (re.compile(r"(?<![A-Za-z\\{])E(?=_)|(?<=[{])E(?=_)"), r"\\varepsilon"),
     (re.compile(r"(?<![A-Za-z\\{])e(?=_)"), r"\\epsilon"),
-    (re.compile(r"_\s*(?:\{\s*\\([a-z]+)\s*\}|\\(odot|max|min|star|ast)(?![a-z]))"), lambda sub: f"_{{{sub[1] or sub[2]}}}"),
+    (
+        re.compile(r"_\s*(?:\{\s*\\([a-z]+)\s*\}|\\(odot|max|min|star|ast)(?![a-z]))"),
+        lambda sub: f"_{{{sub[1] or sub[2]}}}",
+    ),
 )
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _AND = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
@@ -131,9 +140,7 @@ def answers(text: str) -> list[str]:
         + [(place, place + 1, character) for place, character in enumerate(text) if character in "()[]{},;"]
         + [(found.start(), found.end(), found[1]) for found in re.finditer(r"\\(begin|end)(?=\s*\{)", text)]
     )
-    thousands = {
-        place for number in _THOUSANDS.finditer(text) for place in range(*number.span()) if text[place] == ","
-    }
+    thousands = {place for number in _THOUSANDS.finditer(text) for place in range(*number.span()) if text[place] == ","}
     for place, end, mark in marks:
         if mark in ("begin", *"([{"):
             depth += 1

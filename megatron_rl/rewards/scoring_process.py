@@ -7,11 +7,13 @@ since requests and replies go through shared memory.
 import _thread
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,6 +96,12 @@ def resolve(name: str) -> Callable[[str, str, str], Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name}")
+    try:
+        inspect.signature(function).bind("", "", "")
+    except TypeError:
+        raise ValueError(f"{function_name} does not take (prompt, response, answer)") from None
+    except ValueError:
+        pass  # written in C: it does not say what it takes
     return function  # type: ignore[no-any-return]
 
 
@@ -138,7 +146,7 @@ def _separate(temporary: str) -> None:
         if int(descriptor) > 2:
             with contextlib.suppress(OSError):  # the one of the listing itself is closed already
                 os.close(int(descriptor))
-    os.environ["TMPDIR"] = temporary
+    os.environ["TMPDIR"] = tempfile.tempdir = temporary
     # The system's killer of processes that take all memory should choose this one, not a trainer or an engine.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
