@@ -55,7 +55,7 @@ def run(config: Config) -> None:
     if runtime.is_driver:
         with Scorer(config.reward, config.rollout.max_tokens, workers=1) as scorer:
             sets = [
-                with_readable_answers(load_set(spec, config, start.tokenizer), spec, scorer)
+                with_readable_answers(load_set(spec, config, start.tokenizer), spec, config, scorer)
                 for spec in config.data.eval
             ]
         console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")

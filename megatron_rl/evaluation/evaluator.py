@@ -54,22 +54,24 @@ def load_set(spec: str, config: Config, tokenizer: "PreTrainedTokenizerBase") ->
     return HeldoutSet(name, prompts[: config.eval.max_prompts], reward)
 
 
-def with_readable_answers(heldout: HeldoutSet, spec: str, scorer: Scorer) -> HeldoutSet:
+def with_readable_answers(heldout: HeldoutSet, spec: str, config: Config, scorer: Scorer) -> HeldoutSet:
     """The set without problems whose reference answers its reward cannot read; the log names them.
 
     Args:
         heldout: a set.
         spec: its entry in `data.eval`.
+        config: the experiment.
         scorer: of the section `reward`.
 
     Raises:
-        ConfigError: when none is left.
+        ConfigError: when they are more than `data.max_left_out`.
     """
+    limit = config.data.max_left_out
     if _reward_name(heldout.reward) == _reward_name(scorer.reward):
-        prompts = readable(heldout.prompts, scorer, "data.eval", spec)
+        prompts = readable(heldout.prompts, scorer, "data.eval", spec, limit)
     else:
         with Scorer(heldout.reward, max_tokens=1) as own:
-            prompts = readable(heldout.prompts, own, "data.eval", spec)
+            prompts = readable(heldout.prompts, own, "data.eval", spec, limit)
     return replace(heldout, prompts=prompts)
 
 

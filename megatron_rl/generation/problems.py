@@ -37,8 +37,8 @@ def read_problems(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Probl
     heldout = {spec: load_set(spec, config, tokenizer) for spec in data.eval}
     scorer = Scorer(config.reward, config.rollout.max_tokens)
     try:
-        prompts = readable(prompts, scorer, "data.train", data.train)
-        heldout = {spec: with_readable_answers(each, spec, scorer) for spec, each in heldout.items()}
+        prompts = readable(prompts, scorer, "data.train", data.train, data.max_left_out)
+        heldout = {spec: with_readable_answers(each, spec, config, scorer) for spec, each in heldout.items()}
     except BaseException:
         scorer.close()
         raise

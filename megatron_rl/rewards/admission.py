@@ -6,19 +6,20 @@ import re
 from collections.abc import Callable, Sequence
 
 from megatron_rl.config import ConfigError
+from megatron_rl.data.intake import Intake, LeftOut, printable
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.rewards.score import ScoreItem, Scorer
 
 log = logging.getLogger(__name__)
 
-NAMED = 10
-"""So many records are named in a warning, the rest are counted."""
+SHOWN = 60
+"""Characters of a reference in a message."""
 TRIED = 4
 """So many records a user's function is tried on."""
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
-def readable(prompts: list[Prompt], scorer: Scorer, key: str, name: str) -> list[Prompt]:
+def readable(prompts: list[Prompt], scorer: Scorer, key: str, name: str, max_left_out: float) -> list[Prompt]:
     """The prompts whose references the reward can read; the others are named in the log once, here.
 
     A user's function is tried on the first prompts instead, each with its reference as the response.
@@ -28,34 +29,25 @@ def readable(prompts: list[Prompt], scorer: Scorer, key: str, name: str) -> list
         scorer: of its reward.
         key: the config key that names the set.
         name: the set.
+        max_left_out: share in [0, 1] of the prompts that may be left out, `data.max_left_out`.
 
     Raises:
-        ConfigError: when the reward can read no reference, and when a function returns something that is not a number.
+        ConfigError: when more are left out, or all; when a function returns something that is not a number.
     """
     if scorer.reward.function is not None:
         _try_function(prompts[:TRIED], scorer)
         return prompts
-    reasons = _unreadable(prompts, scorer)
-    if not reasons:
-        return prompts
-    kept = [prompt for prompt in prompts if prompt.answer not in reasons]
-    lost = [prompt for prompt in prompts if prompt.answer in reasons]
-    if not kept:
-        raise ConfigError(
-            f"reward.name={scorer.reward.name} can read none of the {len(prompts)} reference answers of {key}={name!r} "
-            f"({lost[0].prompt_id}: {reasons[lost[0].answer]}); choose another reward, or mend data.answer_key."
-        )
-    more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-    log.warning(
-        "%s: %d of %d prompts left out, since reward.name=%s cannot read their reference answers: %s%s",
-        name,
-        len(lost),
-        len(prompts),
-        scorer.reward.name,
-        ", ".join(f"{prompt.prompt_id} ({_shown(prompt.answer)})" for prompt in lost[:NAMED]),
-        more,
-    )
-    return kept
+    intake = Intake(name, key, "data.max_left_out", max_left_out)
+    intake.total = len(prompts)
+    unreadable = _unreadable(prompts, scorer)
+    reason = f"with an answer that reward.name={scorer.reward.name} cannot read"
+    intake.left_out = [
+        LeftOut(f"{prompt.prompt_id} ({printable(prompt.answer, SHOWN)!r})", reason, unreadable[prompt.answer])
+        for prompt in prompts
+        if prompt.answer in unreadable
+    ]
+    intake.conclude()
+    return [prompt for prompt in prompts if prompt.answer not in unreadable]
 
 
 def _unreadable(prompts: Sequence[Prompt], scorer: Scorer) -> dict[str, str]:
@@ -67,11 +59,6 @@ def _unreadable(prompts: Sequence[Prompt], scorer: Scorer) -> dict[str, str]:
     answers = list(dict.fromkeys(prompt.answer for prompt in prompts if not plain(prompt.answer)))
     scores = scorer.attempt([ScoreItem("", "", answer, 0, "") for answer in answers])
     return {answer: score.error for answer, score in zip(answers, scores, strict=True) if score.error is not None}
-
-
-def _shown(answer: str) -> str:
-    text = " ".join(answer.split())
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _try_function(prompts: Sequence[Prompt], scorer: Scorer) -> None:

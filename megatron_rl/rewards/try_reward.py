@@ -11,7 +11,8 @@ from rich.text import Text
 from megatron_rl.config import ConfigError
 from megatron_rl.config.import_path import IMPORT_PATH
 from megatron_rl.config.sections import RewardConfig
-from megatron_rl.data.rows import Row, read_rows, warn_broken
+from megatron_rl.data.intake import BrokenRecord, Intake, Row
+from megatron_rl.data.rows import read_rows
 from megatron_rl.observability.terminal import standard_output
 from megatron_rl.rewards.builtin import BUILTIN
 from megatron_rl.rewards.score import Score, ScoreItem, Scorer
@@ -66,19 +67,19 @@ def try_reward(file: Path, reward: RewardConfig, output: Path | None = None) -> 
 def _items(file: Path) -> list[ScoreItem]:
     if file.suffix not in (".jsonl", ".parquet") or not file.is_file():
         raise ConfigError(f"FILE={str(file)!r} must be a .jsonl or .parquet file that exists.")
-    items, broken = [], []
-    rows = read_rows(str(file), "FILE", "")
-    for where, row in rows:
-        texts = [_text(row, key) for key in ("response", "answer")]
-        if None in texts:
-            broken.append(where)
-            continue
-        response, answer = map(str, texts)
-        items.append(ScoreItem(_text(row, "prompt") or "", response, answer, 0, str(row.get("id", where))))
-    if not items:
-        raise ConfigError(f"FILE={str(file)!r} has no record with a response and an answer, both texts or numbers.")
-    warn_broken(broken, len(rows), "no response or answer")
-    return items
+    intake = Intake(str(file), "FILE", "FILE", max_left_out=1.0)
+    items = [intake.attempt(where, _item, where, row) for where, row in read_rows(str(file), "", intake)]
+    if not intake.total:
+        raise ConfigError(f"FILE={str(file)!r} has no records.")
+    intake.conclude()
+    return [item for item in items if item is not None]
+
+
+def _item(where: str, row: Row) -> ScoreItem:
+    response, answer = _text(row, "response"), _text(row, "answer")
+    if response is None or answer is None:
+        raise BrokenRecord("without a response or an answer")
+    return ScoreItem(_text(row, "prompt") or "", response, answer, 0, str(row.get("id", where)))
 
 
 def _text(row: Row, key: str) -> str | None:

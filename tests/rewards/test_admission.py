@@ -51,9 +51,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def admitted(reward: RewardConfig, found: list[Prompt]) -> list[str]:
+def admitted(reward: RewardConfig, found: list[Prompt], share: float = 0.9) -> list[str]:
     with Scorer(reward, max_tokens=64, workers=1) as scorer:
-        return [prompt.prompt_id for prompt in readable(found, scorer, "data.train", "my.jsonl")]
+        return [prompt.prompt_id for prompt in readable(found, scorer, "data.train", "my.jsonl", share)]
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,19 @@ def test_references_that_the_reward_cannot_read_are_named_once_and_left_out(
     lost = [f"p{place}" for place in range(len(answers)) if f"p{place}" not in kept]
     assert len(caplog.records) == (1 if lost else 0)
     for each in lost:
-        assert f"{each} ('{answers[int(each[1:])]}')".replace("\\", "\\\\") in caplog.text
+        assert f"{each} ({answers[int(each[1:])]!r})" in caplog.text
     if lost:
-        assert f"{len(lost)} of {len(answers)} prompts left out" in caplog.text
+        assert f"{len(lost)} of {len(answers)} records left out" in caplog.text
 
 
 def test_a_set_without_a_readable_reference_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"reward.name=numeric can read none of the 2 .*data.train='my.jsonl' \(p0: "):
-        admitted(RewardConfig(name="numeric"), prompts("yes", "no"))
+    with pytest.raises(ConfigError, match="data.train='my.jsonl': none of 2 .* reward.name=numeric cannot read: p0 "):
+        admitted(RewardConfig(name="numeric"), prompts("yes", "no"), share=1.0)
+
+
+def test_no_more_than_the_largest_share_is_left_out() -> None:
+    with pytest.raises(ConfigError, match="1 of 2 records cannot be used, and data.max_left_out=0.05 "):
+        admitted(RewardConfig(name="numeric"), prompts("yes", "2"), share=0.05)
 
 
 @pytest.mark.parametrize("name", ["nothing", "text", "pair", "other_dict", "dict_of_text", "coroutine", "vector"])
