@@ -61,5 +61,5 @@ def test_a_file_without_usable_records_is_a_config_error(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="FILE=.* must be a .jsonl or .parquet file"):
         try_reward(tmp_path / "missing.jsonl", RewardConfig(name="numeric"))
     (tmp_path / "empty.jsonl").write_text('{"prompt": "p"}\n')
-    with pytest.raises(ConfigError, match="has no record with a response and an answer"):
+    with pytest.raises(ConfigError, match="none of 1 records can be used .*without a response or an answer"):
         try_reward(tmp_path / "empty.jsonl", RewardConfig(name="numeric"))
