@@ -4,9 +4,11 @@ The JSON file that it writes has, for each step, `seconds`, `tokens` (mean lengt
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def reward_function(name: str) -> Any:
-    """The built-in reward, from its file: this environment lacks what the package around it imports."""
-    spec = importlib.util.spec_from_file_location("builtin_rewards", ROOT / "megatron_rl/rewards/builtin.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    score = module.BUILTIN[name]
+    """The built-in reward, without its packages' own imports: this environment lacks some of them."""
+    for package in ("megatron_rl", "megatron_rl.rewards"):
+        bare = types.ModuleType(package)
+        bare.__path__ = [str(ROOT / package.replace(".", "/"))]
+        sys.modules[package] = bare
+    score = importlib.import_module("megatron_rl.rewards.builtin").BUILTIN[name]
 
     def reward(prompts: list[str], completions: list[str], answer: list[str], **others: Any) -> list[float]:
         return [score(*case) for case in zip(prompts, completions, answer, strict=True)]

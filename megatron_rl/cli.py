@@ -102,6 +102,24 @@ def evaluate(
 
 
 @app.command()
+def rewards(
+    file: Annotated[Path, typer.Argument(help="JSON lines with prompt (may be missing), response and answer.")],
+    reward: Annotated[
+        str, typer.Option("--reward", help="exact, numeric, math or choice, or a function as package.module:function.")
+    ] = "math",
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds per response.")] = 10.0,
+    environment: Annotated[
+        list[str] | None, typer.Option("--environment", help="As a name in reward.environment; repeatable.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result to OUT.")] = None,
+) -> None:
+    """Try a reward on the responses of a file: the score of each, how it was read, and why."""
+    from megatron_rl.rewards.try_reward import reward_config, try_reward
+
+    try_reward(file, reward_config(reward, timeout, environment or []), json)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, Megatron checkpoint folder, or Org/Name.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],

@@ -13,7 +13,7 @@ from megatron_rl.config.heldout_sets import set_name
 from megatron_rl.distributed.coordinator import Coordinator
 from megatron_rl.distributed.runtime import initialize, shutdown
 from megatron_rl.evaluation.evaluation_settings import settings
-from megatron_rl.evaluation.evaluator import Evaluator, HeldoutSet, load_set
+from megatron_rl.evaluation.evaluator import Evaluator, HeldoutSet, load_set, with_readable_answers
 from megatron_rl.evaluation.results import ProblemResult, ResultsFile, claim
 from megatron_rl.evaluation.statistics import Estimate, summarize
 from megatron_rl.models.weights import PolicyWeights
@@ -53,7 +53,11 @@ def run(config: Config) -> None:
     coordinator = Coordinator(runtime)
     sets: list[HeldoutSet] = []
     if runtime.is_driver:
-        sets = [load_set(spec, config, start.tokenizer) for spec in config.data.eval]
+        with Scorer(config.reward, config.rollout.max_tokens, workers=1) as scorer:
+            sets = [
+                with_readable_answers(load_set(spec, config, start.tokenizer), spec, config, scorer)
+                for spec in config.data.eval
+            ]
         console.info(f"starting {config.rollout.engines} rollout engine(s) for {config.model.path}")
     fleet = start_fleet(config, runtime, coordinator, start.tokens)
     try:

@@ -114,6 +114,7 @@ class Experiment:
         config = self.config
         warn_of_bias(config)
         sets = read_sets(config, start.tokenizer)
+        self._open.callback(sets.scorer.close)
         self._record = RunRecord.of(config, sets.train, start.tokenizer, start.arch)
         if start.resumed:
             saved, force = load_state(config.run_dir, start.resumed, RECORD), config.checkpoint.resume == "force"

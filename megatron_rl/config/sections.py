@@ -149,6 +149,9 @@ class RewardConfig(Section):
     `name`."""
     timeout_s: PositiveFloat = 10.0
     """Seconds after which the scoring of one response is given up and counted as 0."""
+    environment: list[str] = Field(default_factory=list)
+    """Names of environment variables that the reward's process sees beside the usual ones (`PATH`, `HOME`, caches):
+    the key of a service that judges, for instance. It does not see others."""
     length_penalty: LengthPenaltyConfig | None = None
     """Optional penalty for long responses, added to the score."""
 

@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
@@ -14,6 +14,7 @@ from megatron_rl.data.prompts import Prompt, load_prompts
 from megatron_rl.data.public import EVALUATION
 from megatron_rl.evaluation.results import Outcome, ProblemResult
 from megatron_rl.observability.console import Console, shown
+from megatron_rl.rewards.admission import readable
 from megatron_rl.rewards.answers import final_answer
 from megatron_rl.rewards.score import ScoreItem, Scorer
 from rollout.fleet.fleet import RolloutFleet
@@ -51,6 +52,27 @@ def load_set(spec: str, config: Config, tokenizer: "PreTrainedTokenizerBase") ->
         reward = RewardConfig(name=EVALUATION[name].reward, timeout_s=reward.timeout_s)
     prompts = load_prompts(spec, config.data, tokenizer, config.data.eval_split, heldout=True)
     return HeldoutSet(name, prompts[: config.eval.max_prompts], reward)
+
+
+def with_readable_answers(heldout: HeldoutSet, spec: str, config: Config, scorer: Scorer) -> HeldoutSet:
+    """The set without problems whose reference answers its reward cannot read; the log names them.
+
+    Args:
+        heldout: a set.
+        spec: its entry in `data.eval`.
+        config: the experiment.
+        scorer: of the section `reward`.
+
+    Raises:
+        ConfigError: when they are more than `data.max_left_out`.
+    """
+    limit = config.data.max_left_out
+    if _reward_name(heldout.reward) == _reward_name(scorer.reward):
+        prompts = readable(heldout.prompts, scorer, "data.eval", spec, limit)
+    else:
+        with Scorer(heldout.reward, max_tokens=1) as own:
+            prompts = readable(heldout.prompts, own, "data.eval", spec, limit)
+    return replace(heldout, prompts=prompts)
 
 
 class Evaluator:
@@ -138,10 +160,17 @@ class Evaluator:
             ]
         )
         scorer.metrics()  # failures are in the log and in the results, and belong to no training step
-        vote = str.strip if heldout.reward.function is None and heldout.reward.name == "exact" else final_answer
+        reward = None if heldout.reward.function else heldout.reward.name
         outcomes = iter(
             [
-                Outcome(text, vote(text), score.value > 0, len(rollout.token_ids), rollout.finish_reason, score.error)
+                Outcome(
+                    text,
+                    final_answer(text, reward),
+                    score.value > 0,
+                    len(rollout.token_ids),
+                    rollout.finish_reason,
+                    score.error,
+                )
                 for (_, rollout), text, score in zip(pairs, texts, scores, strict=True)
             ]
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_rl.metrics import Metrics
-from megatron_rl.rewards.builtin import last_number
+from megatron_rl.rewards.last_number import last_number, number_text
 from rollout.types import Rollout
 
 _BOX = "\\boxed"
@@ -30,4 +30,4 @@ def final_answer(text: str) -> str:
     if _BOX in text:
         return text[text.rindex(_BOX) :].strip()
     number = last_number(text)
-    return text.strip() if number is None else str(number.normalize())
+    return text.strip() if number is None else number_text(number)

@@ -23,7 +23,7 @@ from megatron_rl.generation.rollout_metrics import named_by_k, rollout_metrics
 from megatron_rl.generation.speculation_metrics import drafter_names, speculation_metrics
 from megatron_rl.metrics import Metrics
 from megatron_rl.observability.console import Console, shown
-from megatron_rl.rewards.score import Score, ScoreItem, Scorer
+from megatron_rl.rewards.score import Score, ScoreItem
 from megatron_rl.stateful import Stateful
 from rollout.fleet.fleet import RolloutFleet
 from rollout.fleet.requests import RequestKey, key_of
@@ -58,15 +58,10 @@ class Generator:
         fleet: RolloutFleet,
         console: Console,
     ) -> None:
-        """Start the reward workers.
-
-        Raises:
-            ConfigError: when the reward cannot be used.
-        """
+        """Take over the sets, and the reward workers with them."""
         self._config, self._tokenizer, self._fleet, self._console = config, tokenizer, fleet, console
-        self._prompts, self._heldout = sets.train, sets.heldout
+        self._prompts, self._heldout, self._scorer = sets.train, sets.heldout, sets.scorer
         self._order = PromptOrder(len(self._prompts), config.train.prompts_per_step, config.data.seed)
-        self._scorer = Scorer(config.reward, config.rollout.max_tokens)
         self._scoring_seconds = 0.0
         self.refills = 0
         """Prompts that dynamic sampling has requested beyond `train.prompts_per_step`, over all steps so far."""

@@ -10,16 +10,18 @@ Args:
     answer: the record's reference answer as text; a list or dict as JSON.
 
 Returns:
-    A finite number, or anything with `__float__`: the larger the better. Algorithms compare the responses to a prompt,
+    A finite number, or anything with `__float__` (bool, NumPy, torch), or a dict with one as `score`: the larger the
+    better. Algorithms compare the responses to a prompt,
     so the scale rarely matters; evaluation counts a response as right when its score is positive.
 
 Raises:
     Anything: the response then counts as 0, `reward/errors` counts it, and the log names the record.
 
-It is called for one response at a time in one of several worker processes, one per core, each of which imports the
-module once and does not import torch of itself. So it should depend on its arguments alone: processes share nothing,
-are killed and replaced after `reward.timeout_s`, and a resumed run scores again what it generates again. What it
-prints goes to stderr. `examples/reward` is a working one.
+It is called for one response at a time in one of several processes, one per core, each of which imports the module once
+and does not import torch of itself. So it should depend on its arguments alone: processes share nothing, are killed
+and replaced after `reward.timeout_s`, and a resumed run scores again what it generates again. It sees no descriptor,
+pipe or environment of the run, and what a call starts ends with it (docs/rewards.md). What it prints goes to stderr.
+`examples/reward` is a working one.
 """
 
 from megatron_rl.rewards.score import Score, ScoreItem, Scorer

@@ -1,111 +1,73 @@
 """The built-in rewards: 1.0 for a right answer, 0.0 for a wrong one. Importable without torch."""
 
-import logging
-import re
-from collections import deque
-from decimal import Decimal
+from collections.abc import Callable, Mapping
 
-NUMBER = re.compile(
-    r"(?<![0-9.\w)])"  # not inside a word or number
-    r"(?P<sign>-?\$?)"
-    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-    r"|(?P<bare>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)"  # after a word: "x3", "5-3"
-)
-BOX = "\\boxed{"
-LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
-ANNOUNCED = re.compile(r"(?i:answer)\s*(?:is)?:?\s*\**\(?([A-J])(?![A-Za-z])")
-ALONE = re.compile(r"\s*\**\(?([A-J])\)?[.:]?\**\s*")
+from megatron_rl.rewards.boxes import boxed
+from megatron_rl.rewards.judgement import Judgement, compare
+from megatron_rl.rewards.last_letter import judge_choice, last_letter
+from megatron_rl.rewards.last_number import judge_numeric, last_number
+from megatron_rl.rewards.math_answer import judge_math
+
+__all__ = [
+    "BUILTIN",
+    "INLINE",
+    "JUDGES",
+    "boxed",
+    "choice",
+    "exact",
+    "last_letter",
+    "last_number",
+    "length_penalty",
+    "math",
+    "numeric",
+]
+
+Judge = Callable[[str, str], Judgement]
+"""(response, answer) -> how the response was read."""
+
+
+def judge_exact(response: str, answer: str) -> Judgement:
+    """Is the response the answer, but for white space around it?"""
+    return compare(answer.strip(), response.strip(), "")
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
     """Is the response the answer, but for white space around it?"""
-    return float(response.strip() == answer.strip())
+    return judge_exact(response, answer).score
 
 
 def numeric(prompt: str, response: str, answer: str) -> float:
     """Is the last number of the response equal to the last number of the answer?
 
-    Thousands separators, `$`, a typographic minus and trailing zeros do not matter. A minus directly after a digit or
-    letter is subtraction: the last number of `5-3` is 3.
+    Thousands separators, currency and percent signs, trailing zeros and the typeface of digits and of the minus do not
+    matter; `1e5`, `10^{5}`, `3/4` and `\\frac{3}{4}` are one number each. A minus directly after a digit or letter is
+    subtraction: the last number of `5-3` is 3.
 
     Raises:
         ValueError: when the answer has no number.
     """
-    expected = last_number(answer)
-    if expected is None:
-        raise ValueError(f"the reference answer {answer!r} has no number")
-    return float(last_number(response) == expected)
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in `text`, or None."""
-    found = deque(NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")), maxlen=1)
-    if not found:
-        return None
-    last = found[0]
-    value = Decimal((last["digits"] or last["bare"]).replace(",", ""))
-    return -value if (last["sign"] or "").startswith("-") else value
+    return judge_numeric(response, answer).score
 
 
 def math(prompt: str, response: str, answer: str) -> float:
-    """Is the answer of the response (the last boxed one, if any) mathematically equal to `answer`, by math-verify?
+    """Is the answer of the response (in its last box that is closed and not empty, if any) mathematically equal to
+    `answer`, by math-verify?
 
-    `answer` may be plain (`1/2`), LaTeX with or without `$`, boxed, or end in GSM8K's `#### 72`.
+    `answer` may be plain (`1/2`), LaTeX with or without dollars, several answers, boxed, or end in GSM8K's `#### 72`.
 
     Raises:
         ValueError: when the answer cannot be parsed.
     """
-    from math_verify import parse, verify
-
-    # Our time limit ends a hanging call by ending its process; math-verify warns that its own alarm is off.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    delimited = "\\boxed" in answer or "$" in answer
-    reference = answer if delimited else f"${answer.rpartition('####')[2].strip()}$"
-    gold = parse(reference, parsing_timeout=None, raise_on_error=True)
-    if not gold:
-        raise ValueError(f"the reference answer {answer!r} cannot be parsed")
-    # math-verify would take several boxes for a set of answers.
-    final = response[max(response.rfind("\\boxed"), 0) :]
-    return float(verify(gold, parse(final, parsing_timeout=None), timeout_seconds=None))
-
-
-def boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` in `text`, or None without one that is closed."""
-    start = text.rfind(BOX)
-    if start < 0:
-        return None
-    depth = 1
-    for place in range(start + len(BOX), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + len(BOX) : place]
-    return None
-
-
-def last_letter(text: str) -> str | None:
-    """The letter A to J that a text chooses: the last one in its last box, else the one after the last `answer is` or
-    `answer:`, else the text itself. None when it chooses none."""
-    box = boxed(text)
-    if box is not None:
-        letters = LETTER.findall(box)
-        return letters[-1] if letters else None
-    announced = ANNOUNCED.findall(text)
-    if announced:
-        return str(announced[-1])
-    alone = ALONE.fullmatch(text)
-    return alone[1] if alone else None
+    return judge_math(response, answer).score
 
 
 def choice(prompt: str, response: str, answer: str) -> float:
     """Is the chosen letter (see `last_letter`) the answer's?
 
     Raises:
-        ValueError: when the answer is not one letter.
+        ValueError: when the answer is not a letter.
     """
-    expected = last_letter(answer)
-    if expected is None:
-        raise ValueError(f"the reference answer {answer!r} is not a letter")
-    return float(last_letter(response) == expected)
+    return judge_choice(response, answer).score
 
 
 def length_penalty(length: int, start: int, coef: float, max_tokens: int) -> float:
@@ -121,6 +83,17 @@ def length_penalty(length: int, start: int, coef: float, max_tokens: int) -> flo
     return -coef * excess / (max_tokens - start)
 
 
-BUILTIN = {"exact": exact, "numeric": numeric, "math": math, "choice": choice}
+BUILTIN: Mapping[str, Callable[[str, str, str], float]] = {
+    "exact": exact,
+    "numeric": numeric,
+    "math": math,
+    "choice": choice,
+}
+JUDGES: Mapping[str, Judge] = {
+    "exact": judge_exact,
+    "numeric": judge_numeric,
+    "math": judge_math,
+    "choice": judge_choice,
+}
 INLINE = ("exact", "numeric", "choice")
 """These take microseconds and cannot hang: they run in the calling process."""

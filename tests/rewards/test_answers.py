@@ -10,7 +10,9 @@ from megatron_rl.rewards.builtin import boxed, choice, last_letter
     ("text", "content"),
     [
         (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"\boxed{5} and \boxed{} and \boxed{6", "5"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
         (r"\boxed{1", None),
         ("no box", None),
     ],
@@ -38,6 +40,11 @@ def test_the_last_box_counts_with_its_own_braces(text: str, content: str | None)
         ("The answer is (C).", "C"),
         ("I do not know", None),
         (r"\boxed{}", None),
+        (r"\boxed{9\%}", "9%"),
+        (r"\boxed{4,\!500}", "4500"),
+        (r"\boxed{\text{(B) A cat}}", "B"),
+        ("The answers are $8$ and $4$.", "8,4"),
+        ("Answer: 4.5e3", "4500"),
     ],
 )
 def test_final_answers(text: str, answer: str | None) -> None:
