@@ -25,6 +25,10 @@ TINY = 1e-4
 """math-verify rounds to six decimals, which is all that numbers below this have."""
 
 
+_TYPESET_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;: ])(?=[0-9]{3}(?![0-9]))")
+"""Of thousands, as LaTeX writes them; math-verify knows the plain comma alone."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """An answer as it was read."""
@@ -52,7 +56,7 @@ def judge_math(response: str, answer: str) -> Judgement:
     box = boxed(response)
     if box is not None:
         return _judge(gold, plain_latex(box))
-    text = without_boxes(response)
+    text = _TYPESET_SEPARATOR.sub("", without_boxes(response))
     phrase = announced(text)
     if phrase is not None and (judgement := _judge(gold, plain_latex(phrase))).score:
         return judgement
