@@ -21,7 +21,7 @@ settings.register_profile(
 settings.load_profile("records")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def quiet() -> Iterator[None]:
     """Thousands of warnings would hide the one case that failed."""
     logging.disable(logging.WARNING)

@@ -207,6 +207,6 @@ def test_wrong_vllm_options_are_named_before_anything_starts(options: dict, mess
 
 def test_the_users_vllm_options_win_over_the_machines(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, vllm={"max_num_seqs": 4, "block_size": 64})
-    arguments = engine_arguments(config, make_environment(), "m")
+    arguments = engine_arguments(config, make_environment(), str(model))
     assert (arguments["max_num_seqs"], arguments["block_size"], arguments["enforce_eager"]) == (4, 64, True)
     assert arguments["max_model_len"] == 64 + 64
