@@ -6,6 +6,8 @@ import pytest
 
 # Threads of one test that wait for each other spin, and take the cores from the other tests. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The readline of pytest's debugger leaves one to the workers of xdist, and tables would be cut to its 80 columns.
+os.environ.pop("COLUMNS", None)
 
 LONG = (
     "tests/runs/test_train.py",
