@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from typing import Any
 
 import torch
@@ -143,7 +144,9 @@ def _layer_spec(architecture: Architecture) -> ModuleSpec:
         attention = spec.submodules.self_attention.submodules
         attention.linear_proj = _with_bias(attention.linear_proj)
     if architecture.mlp_bias:
-        mlp = spec.submodules.mlp.submodules
+        mlp = spec.submodules.mlp
+        # A specification in megatron-core 0.16, a partial call in 0.19.
+        mlp = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
         mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
     return spec
 
