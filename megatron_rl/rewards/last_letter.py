@@ -11,13 +11,17 @@ _COMMAND = re.compile(r"\\(?:text\w*|math\w+|operatorname|mbox|bold\w*|left|righ
 _SPACE = re.compile(r"\\(?:q?quad(?![a-zA-Z])|[,;:! ]|\\)|~")
 _MARKUP = re.compile(r"\\[()\[\]]|[$*`{}#>\"\u201c\u201d]|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9])")
 
+_TAG = re.compile(r"</?[a-zA-Z][^<>\n]{0,40}>")
+
 _LABELLED = re.compile(r"(?<![A-Za-z])(?:\(([A-Za-z])\)|\[([A-Za-z])\])")
 _LETTER = r"(?:\([A-Za-z]\)|\[[A-Za-z]\]|[A-Z](?![A-Za-z0-9_^'\u2019(])[).]?)"
 _LIST = re.compile(rf"{_LETTER}(?:\s*(?:[,;&/+]|,?\s*\band\b|,?\s*\bor\b)\s*{_LETTER})*")
 _RUN = re.compile(r"[(\[]?([A-H]{2,8})[)\]]?(?=\s*\.?\s*$)", re.MULTILINE)
 _LOWER = re.compile(r"([a-z])[).]?\s*$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\s*(?:$|\n|[.;!?](?!\w))")
-_LEADING = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])[).:](?![A-Za-z0-9])|([a-z])\)(?![A-Za-z0-9])")
+_LEADING = re.compile(
+    r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?:[).:](?![A-Za-z0-9])|\s+-\s+(?=[A-Za-z]{2}))|([a-z])\)(?![A-Za-z0-9])"
+)
 _ARTICLE = re.compile(  # "A cat", "I think": a word follows that is no continuation of a sentence about a choice
     r"[AI]\s+(?!(?:and|or|as|because|since|for|but|not|is|was|by|due|from|given|if|in|rather|instead|which|that|with|so|"
     r"to|over|on|only|would|does|here)\b)[a-z]"
@@ -35,10 +39,10 @@ _KEYWORD = re.compile(
     r"answer|option|choice|letter|alternative|selection|choose|chose|pick|select|go with|going with|went with|which is|"
     r"corresponds to|matches|i\.e\.|namely|correct|right|best|\u7b54\u6848|\u9009"
 )
-_IS = r"\s*(?:\b(?:is|be|must\s+be|should\s+be|would\s+be)\b|[:=]|->)*\s*"
+_IS = r"\s*(?:\b(?:is|be|must\s+be|should\s+be|would\s+be)\b|[:=]|->|-(?=\s))*\s*"
 _AFTER_KEYWORD = re.compile(
     r"(?i:"
-    r"(?:answer|(?:option|choice|letter|alternative|selection))\b"
+    r"(?:answer|(?:option|choice|letter|alternative|selection))\b(?:,\s*\w+,)?"
     r"(?:\s+(?:to|for|of|here|choice|option|letter)\b[^.:\n]{0,60}?(?=\s+is\b|\s*[:=]))?" + _IS + r"|"
     r"(?:choose|chose|pick|picked|select|selected|go\s+with|going\s+with|went\s+with)\s+|"
     r"(?:which\s+is|corresponds\s+to|matches|i\.e\.,?|namely)\s+(?=(?:the\s+)?(?:option|choice|answer|letter)\b)|"
@@ -69,6 +73,7 @@ def last_letter(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
+    text = _TAG.sub(lambda tag: "\nanswer: " if tag[0].lower() == "<answer>" else "", text)
     text = _COMMAND.sub("", _SPACE.sub(" ", in_ascii(text)))
     return _MARKUP.sub("", text).strip()
 

@@ -112,7 +112,11 @@ def plain_latex(text: str) -> str:
 
 
 def announced(text: str) -> str | None:
-    """What follows the last `answer is` or `answer:`, to the end of its sentence."""
+    """What is in the last `<answer>` tag, else what follows the last `answer is` or `answer:`, to the end of its
+    sentence."""
+    _, tag, tagged = text.rpartition("<answer>")
+    if tag and (inside := tagged.partition("</answer>")[0].strip()):
+        return inside
     places = list(_ANNOUNCED.finditer(text))
     if not places:
         return None
