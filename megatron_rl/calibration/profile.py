@@ -16,7 +16,7 @@ from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_fit import check_layout, read_hf_config
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.stored_tensors import StoredTensors, has_hf_weights, tensor_files
+from megatron_rl.models.stored_tensors import StoredTensors, find_tensors, has_hf_weights
 from megatron_rl.models.token_ids import load_tokenizer, read_token_ids
 from megatron_rl.observability.console import Console
 from megatron_rl.observability.terminal import standard_output
@@ -143,8 +143,8 @@ class QuantizedCheckpoint:
             ConfigError: when it has none, or is quantized in another way.
         """
         self._folder = folder
-        self._files = tensor_files(folder, "--quantized ")
-        if not any(name.endswith("_proj.weight_scale") for name in self._files):
+        self._stored = find_tensors(folder, "--quantized ")
+        if not any(name.endswith("_proj.weight_scale") for name in self._stored):
             raise ConfigError(
                 f"--quantized {folder} has no weight_scale tensors; give a W8A8 checkpoint as llm-compressor writes it."
             )
@@ -155,7 +155,7 @@ class QuantizedCheckpoint:
         Raises:
             ConfigError: for another format.
         """
-        scaled = [f"{part}.weight_scale" in self._files for part in parts]
+        scaled = [f"{part}.weight_scale" in self._stored for part in parts]
         if not any(scaled):
             return False
         for part in parts:
@@ -191,9 +191,9 @@ class QuantizedCheckpoint:
         return from_checkpoint(weight, levels, scales, norms)
 
     def _tensor(self, name: str) -> Tensor:
-        if name not in self._files:
+        if name not in self._stored:
             raise ConfigError(f"--quantized {self._folder} lacks the tensor {name}; is it the whole model?")
-        with safe_open(self._files[name], "pt") as file:
+        with safe_open(self._stored[name].file, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 

@@ -20,8 +20,6 @@ SUFFIX = ".weight"
 OF_ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point")
 """Scales of activations, which nothing needs once weights are numbers again."""
 
-Headers = Mapping[str, tuple[str, tuple[int, ...]]]
-
 
 @dataclass(frozen=True)
 class WeightDecoder:
@@ -40,29 +38,34 @@ class WeightDecoder:
         """Whether the tensor is stored quantized."""
         return name.endswith(SUFFIX) and dtype in self.types
 
-    def parts(self, name: str, shape: tuple[int, ...], headers: Headers, file: Path) -> set[str]:
+    def parts(self, name: str, shapes: Mapping[str, tuple[int, ...]], file: Path) -> set[str]:
         """The stored tensors that belong to the weight `name`, itself among them.
+
+        Args:
+            name: of the weight.
+            shapes: of all stored tensors.
+            file: of the weight, for messages.
 
         Raises:
             ConfigError: when the scale is missing or has a shape that is not understood.
         """
         module = name.removesuffix(SUFFIX)
-        if module + self.scale not in headers:
+        if module + self.scale not in shapes:
             raise ConfigError(
                 f"{file}: {name} is quantized, but its scale {module + self.scale} is missing; is it the whole model?"
             )
-        rows, columns = shape
-        stored = headers[module + self.scale][1]
+        rows, columns = shapes[name]
+        stored = shapes[module + self.scale]
         allowed: list[tuple[int, ...]] = [(), (1,), (1, 1), (rows,), (rows, 1)]
         if self.block is not None:
             allowed = [(-(-rows // self.block[0]), -(-columns // self.block[1]))]
         if stored not in allowed:
             raise ConfigError(
                 f"{file}: {module + self.scale} has shape {list(stored)}, which does not fit {name} of shape "
-                f"{list(shape)}."
+                f"{list(shapes[name])}."
             )
         others = {module + end for end in (self.scale, self.zero_point, *OF_ACTIVATIONS) if end is not None}
-        return {name} | (others & set(headers))
+        return {name} | (others & set(shapes))
 
     def decode(self, name: str, get: Callable[[str], torch.Tensor | None]) -> torch.Tensor:
         """The weight `name`, float32 [rows, columns].

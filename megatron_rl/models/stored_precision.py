@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
-from safetensors import safe_open
 
 from megatron_rl.config.hub import MODEL_PATH, local_folder
-from megatron_rl.models.stored_tensors import has_megatron_weights, tensor_files
+from megatron_rl.models.stored_tensors import FLOATS, find_tensors, has_megatron_weights
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of safetensors, by its names."""
 HALVES = (torch.bfloat16, torch.float16)
 EMBEDDING = "embedding.word_embeddings.weight"
 """Of megatron-core's names; all of a model's weights have one precision there."""
@@ -33,13 +30,9 @@ def stored_precisions(model: str | Path, names: Iterable[str] | None = None) -> 
     folder = local_folder(model)
     if has_megatron_weights(folder):
         return {load_tensors_metadata(str(folder / "megatron"))[EMBEDDING].dtype}
-    files = tensor_files(folder, MODEL_PATH)
-    chosen = files.keys() if names is None else files.keys() & set(names)
-    found = set()
-    for path in sorted({files[name] for name in chosen}):
-        with safe_open(path, "pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in chosen if files[name] == path}
-    return {FLOATS[name] for name in found & FLOATS.keys()}
+    stored = find_tensors(folder, MODEL_PATH)
+    chosen = stored.keys() if names is None else stored.keys() & set(names)
+    return {FLOATS[stored[name].dtype] for name in chosen if stored[name].dtype in FLOATS}
 
 
 def common_precision(found: set[torch.dtype]) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face model on disk: which files count, and whether they are the whole model and no more."""
 
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_rl.config import ConfigError
-from megatron_rl.config.hub import local_folder
+from megatron_rl.config.hub import MODEL_PATH, local_folder
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_mapping import hf_shapes
 from megatron_rl.models.quantized_tensors import weight_decoder
@@ -18,7 +19,8 @@ SINGLE = "model.safetensors"
 MODELOPT = "hf_quant_config.json"
 WITHOUT_EFFECT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of tensors that are computed anew, and may lie in files of older versions of transformers."""
-STORED_TYPES = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Stored types that are read as they are, by the names of safetensors."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 8192  # of tied embeddings, compared at a time
 
@@ -33,8 +35,18 @@ def has_megatron_weights(folder: str | Path) -> bool:
     return (local_folder(folder) / "megatron" / "metadata.json").is_file()
 
 
-def tensor_files(folder: Path, key: str) -> dict[str, Path]:
-    """The safetensors file of each tensor of a model.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk, by the header of its file."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+
+
+def find_tensors(folder: Path, key: str) -> dict[str, StoredTensor]:
+    """The tensors of a model by their names, from the headers of its safetensors; no tensor is read.
 
     The index decides which files are read, where there is one; else it is `model.safetensors`.
 
@@ -57,7 +69,7 @@ def tensor_files(folder: Path, key: str) -> dict[str, Path]:
         for tensor, name in weight_map.items():
             if tensor not in held[name]:
                 raise ConfigError(f"{folder / name} lacks the tensor {tensor}, which {INDEX} says it has.")
-        return {tensor: folder / name for name, header in held.items() for tensor in header}
+        return {tensor: stored for header in held.values() for tensor, stored in header.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{key}{str(folder)!r} has no *.safetensors; it must hold the model's weights.")
@@ -68,7 +80,7 @@ def tensor_files(folder: Path, key: str) -> dict[str, Path]:
             f"{key}{str(folder)!r} has {len(files)} *.safetensors but no {INDEX} that says which of them are the "
             "model; add it, or remove the others."
         )
-    return dict.fromkeys(_header(files[0]), files[0])
+    return _header(files[0])
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -81,8 +93,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor in a file, without reading the tensors.
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
 
     Raises:
         ConfigError: when the file is missing, or is cut short or broken.
@@ -92,7 +104,9 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {
+                name: StoredTensor(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file ({' '.join(str(error).split())}).") from None
 
@@ -114,27 +128,25 @@ class StoredTensors:
             ConfigError: naming the tensor that is missing, of another shape or type, or has no use, or the file.
         """
         self._folder = local_folder(folder)
-        self._files = tensor_files(self._folder, "model.path=")
+        self._stored = find_tensors(self._folder, MODEL_PATH)
+        self._stored_shapes = {name: tensor.shape for name, tensor in self._stored.items()}
         self._shapes = hf_shapes(arch)
-        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for file in sorted(set(self._files.values())):
-            self._headers |= _header(file)
         if (self._folder / MODELOPT).exists():
             raise ConfigError(f"{self._folder / MODELOPT}: weights that ModelOpt quantized are not read; give others.")
         self._decoder = weight_decoder(arch.quantization, f"model.path={str(folder)!r}")
         self._check(arch, str(folder))
 
     def _check(self, arch: Architecture, path: str) -> None:
-        unused = set(self._files)
+        unused = set(self._stored)
         for name, shape in self._shapes.items():
-            if name not in self._files:
+            if name not in self._stored:
                 raise ConfigError(f"model.path={path!r} lacks the tensor {name}; is it the whole model?")
-            dtype, stored = self._headers[name]
-            if stored != shape:
+            stored = self._stored[name]
+            if stored.shape != shape:
                 raise ConfigError(
-                    f"{self._files[name]}: {name} has shape {list(stored)}, but config.json says {list(shape)}."
+                    f"{stored.file}: {name} has shape {list(stored.shape)}, but config.json says {list(shape)}."
                 )
-            unused -= self._parts(name, dtype, shape)
+            unused -= self._parts(name)
         unused = {name for name in unused if not name.endswith(WITHOUT_EFFECT)}
         if arch.tied and HEAD in unused and EMBEDDING in self._shapes:
             self._check_tied(path)
@@ -142,24 +154,25 @@ class StoredTensors:
         if unused:
             first = min(unused)
             raise ConfigError(
-                f"{self._files[first]}: the tensor {first} ({len(unused)} in all) has no place in the model that "
+                f"{self._stored[first].file}: the tensor {first} ({len(unused)} in all) has no place in the model that "
                 "config.json describes, so the model would be read in part; use a model that is supported, or remove "
                 "the tensor if it means nothing."
             )
 
-    def _parts(self, name: str, dtype: str, shape: tuple[int, ...]) -> set[str]:
+    def _parts(self, name: str) -> set[str]:
         """The stored tensors that make up `name`: itself, and its scales where it is quantized."""
-        if self._decoder is None or not self._decoder.decodes(name, dtype):
-            if dtype not in STORED_TYPES:
+        stored = self._stored[name]
+        if self._decoder is None or not self._decoder.decodes(name, stored.dtype):
+            if stored.dtype not in FLOATS:
                 raise ConfigError(
-                    f"{self._files[name]}: {name} is stored as {dtype}, and config.json has no quantization_config "
-                    f"that says what it means; give weights in one of {', '.join(sorted(STORED_TYPES))}."
+                    f"{stored.file}: {name} is stored as {stored.dtype}, and config.json has no quantization_config "
+                    f"that says what it means; give weights in one of {', '.join(sorted(FLOATS))}."
                 )
             return {name}
-        return self._decoder.parts(name, shape, self._headers, self._files[name])
+        return self._decoder.parts(name, self._stored_shapes, stored.file)
 
     def _check_tied(self, path: str) -> None:
-        with safe_open(self._files[EMBEDDING], "pt") as one, safe_open(self._files[HEAD], "pt") as two:
+        with safe_open(self._stored[EMBEDDING].file, "pt") as one, safe_open(self._stored[HEAD].file, "pt") as two:
             embedding, head = one.get_slice(EMBEDDING), two.get_slice(HEAD)
             same = embedding.get_shape() == head.get_shape()
             for row in range(0, embedding.get_shape()[0], ROWS):
@@ -177,9 +190,9 @@ class StoredTensors:
             name: by the family's names.
             index: into the whole tensor.
         """
-        if self._decoder is not None and self._decoder.decodes(name, self._headers[name][0]):
+        if self._decoder is not None and self._decoder.decodes(name, self._stored[name].dtype):
             return self._decoded(name)[index]
-        with safe_open(self._files[name], "pt") as file:
+        with safe_open(self._stored[name].file, "pt") as file:
             part: torch.Tensor = file.get_slice(name)[index]
         return part
 
@@ -189,8 +202,8 @@ class StoredTensors:
         return self._decoder.decode(name, self._get)
 
     def _get(self, name: str) -> torch.Tensor | None:
-        if name not in self._files:
+        if name not in self._stored:
             return None
-        with safe_open(self._files[name], "pt") as file:
+        with safe_open(self._stored[name].file, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor

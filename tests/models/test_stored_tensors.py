@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_mapping import hf_shapes
-from megatron_rl.models.stored_tensors import StoredTensors, tensor_files
+from megatron_rl.models.stored_tensors import StoredTensors, find_tensors
 from tests.hf_models import SHAPE
 
 Tensors = dict[str, torch.Tensor]
@@ -111,7 +111,10 @@ def test_the_index_decides_which_files_are_read(folder: Path) -> None:
     save_file({"old.weight": torch.ones(1)}, folder / "old-2.safetensors")
     stored = opened(folder)
     assert torch.equal(stored.read(UP, WHOLE), truth[UP])
-    assert {path.name for path in tensor_files(folder, "").values()} == {"model-1.safetensors", "model-2.safetensors"}
+    assert {stored.file.name for stored in find_tensors(folder, "").values()} == {
+        "model-1.safetensors",
+        "model-2.safetensors",
+    }
 
 
 def test_without_an_index_other_files_beside_the_model_are_not_read(folder: Path) -> None:
