@@ -83,8 +83,9 @@ class Experiment:
         self.trainer, self.reference, self.critic = models.trainer, models.reference, models.critic
         if start.resumed:
             self.console.info(f"resuming after step {start.resumed} from {config.run_dir}")
+        compared = config.model.check == "auto" and not start.resumed
         reference = None
-        if runtime.is_driver and not start.resumed:
+        if compared and runtime.is_driver:
             reference = load_reference(config, start.arch, start.tokens.limit, self.console)
         self.weight_sync = self._fleet.connect(self.trainer.weights)
         self._parts = self._fleet.parts()
@@ -96,7 +97,7 @@ class Experiment:
             self._logger = MetricsLogger(config, start_step=self.first_step if start.resumed else 0)
             self._open.callback(self._logger.close)
         self.weight_sync.sync(start.resumed)
-        if not start.resumed and config.model.check != "off":
+        if compared:
             prompt = self.generator.first_prompt if runtime.is_driver else []
             compare(reference, config, self.trainer, self._fleet.engines, self.coordinator, self.console, prompt)
         self._drafting = build_drafting(config, runtime, self.trainer, self.coordinator, self._fleet.engines)

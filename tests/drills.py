@@ -41,6 +41,18 @@ def experiment_file(folder: Path, steps: int, **sections: dict[str, Any]) -> Pat
     return file
 
 
+def model_experiment(folder: Path, model: Path, **model_keys: str) -> Path:
+    """A config file for two steps with a model of one's own, whose rewards differ whatever it says."""
+    return experiment_file(
+        folder,
+        2,
+        model={"path": str(model), **model_keys},
+        reward={"function": "tests.runs.odd_reward:one_in_four"},
+        train={"lr": 1e-2},
+        checkpoint={"export_hf": True},
+    )
+
+
 def start(file: Path) -> subprocess.Popen:
     """`megatron-rl train` in a session of its own; what it prints goes to `log.txt` beside the file, from where its
     modules are imported too."""

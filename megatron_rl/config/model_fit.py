@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.families import find_family
+from megatron_rl.config.families import ModelFamily, find_family
 from megatron_rl.config.hub import local_folder
 from megatron_rl.config.model_keys import attention_window, check_keys, check_required
 from megatron_rl.config.quantization import read_quantization_file, skip_patterns
@@ -88,7 +88,7 @@ def check_layout(config: "Config", hf: dict[str, Any], world_size: int | None = 
             f"rollout.tp_size={config.rollout.tp_size} does not divide the model's num_attention_heads={heads}; "
             f"choose a divisor of {heads}."
         )
-    _check_length(config, hf)
+    _check_length(config, hf, family)
     skip_patterns(config.rollout.quantization_skip, layers)
     _check_experts(config, hf, family.mixture)
     _check_profile(config)
@@ -129,7 +129,7 @@ def check_world_size(config: "Config", world_size: int) -> None:
         )
 
 
-def _check_length(config: "Config", hf: dict[str, Any]) -> None:
+def _check_length(config: "Config", hf: dict[str, Any], family: ModelFamily) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     positions = hf.get("max_position_embeddings", longest)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -140,7 +140,7 @@ def _check_length(config: "Config", hf: dict[str, Any]) -> None:
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's "
             f"max_position_embeddings={positions}; lower one of them."
         )
-    window = attention_window(hf, find_family(hf, config.model.family), config.model.path)
+    window = attention_window(hf, family, config.model.path)
     if window is not None and window < longest and config.parallel.cp_size > 1:
         raise ConfigError(
             f"parallel.cp_size={config.parallel.cp_size} does not work with the model's sliding_window={window}, which "

@@ -57,8 +57,6 @@ def load_reference(config: Config, arch: Architecture, vocab_limit: int, console
         vocab_limit: token ids from here on are excluded from every distribution.
         console: says why not.
     """
-    if config.model.check == "off":
-        return None
     size = parameter_count(arch)
     reason = None
     if size > LARGEST:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from examples.model_family.mixtral import MISTRAL, MIXTRAL
 from megatron_rl.models.scratch import character_tokenizer
+from tests.drills import model_experiment
 from tests.hf_models import SHAPE
 from tests.launching import run_workers
 from tests.models.test_mixture import likelihood
@@ -52,21 +52,8 @@ def test_logprobs_gradients_and_files_equal_transformers(name: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_of_mixtral_hands_its_experts_to_an_engine(tmp_path: Path) -> None:
-    config = {
-        "model": {
-            "path": str(make("MIXTRAL", tmp_path / "model", head_dim=32)),
-            "family": f"{MODULE}:MIXTRAL",
-            "precision": "fp32",
-        },
-        "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 64, "eval_size": 4}, "eval": []},
-        "reward": {"function": "tests.runs.odd_reward:one_in_four"},
-        "algorithm": {"group_size": 4},
-        "train": {"steps": 2, "prompts_per_step": 4, "tokens_per_microbatch": 128, "lr": 1e-2},
-        "rollout": {"max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},
-        "track": {"report": False},
-        "run_dir": str(tmp_path / "run"),
-    }
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    model = make("MIXTRAL", tmp_path / "model", head_dim=32)
+    model_experiment(tmp_path, model, family=f"{MODULE}:MIXTRAL")
     run(tmp_path / "experiment.yaml")
     for step in (1, 2):  # the second one with weights that the first has changed
         assert metrics(tmp_path / "run")[step]["logprob_gap/mean"] < 1e-4

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.drills import metrics
+from tests.drills import metrics, model_experiment
 from tests.examples.test_model_family import make
 from tests.hf_models import YARN_ROPE
 from tests.rollout.tiny_models import make_model
@@ -26,21 +25,6 @@ VARIANTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def experiment(folder: Path, model: Path, **model_keys: str) -> Path:
-    config = {
-        "model": {"path": str(model), "precision": "fp32", **model_keys},
-        "data": {"max_prompt_tokens": 32, "arithmetic": {"train_size": 64, "eval_size": 4}, "eval": []},
-        "reward": {"function": "tests.runs.odd_reward:one_in_four"},
-        "algorithm": {"group_size": 4},
-        "train": {"steps": 2, "prompts_per_step": 4, "tokens_per_microbatch": 128, "lr": 1e-2},
-        "rollout": {"max_tokens": 24, "vllm": {"enforce_eager": True, "max_num_seqs": 32}},
-        "track": {"report": False},
-        "run_dir": str(folder / "run"),
-    }
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
-    return folder / "experiment.yaml"
-
-
 def differences(log: str) -> dict[str, float]:
     """Mean differences from transformers that the run reported, in nats."""
     line = next(line for line in log.splitlines() if line.startswith("log-probs beside transformers"))
@@ -48,7 +32,7 @@ def differences(log: str) -> dict[str, float]:
 
 
 def check(folder: Path, model: Path) -> None:
-    run(experiment(folder, model))
+    run(model_experiment(folder, model))
     found = differences((folder / "log.txt").read_text())
     assert found.keys() == {"trainer", "engine"}
     assert max(found.values()) < 1e-4
@@ -81,7 +65,7 @@ def test_a_model_stored_in_fp8_is_trained_as_the_numbers_it_means(tmp_path: Path
             tensors[name], tensors[name + "_scale_inv"] = small, scale.contiguous()
             plain[name] = (small.float() * scale[0, 0]).to(tensor.dtype)
     save_file(plain, model / "model.safetensors", metadata={"format": "pt"})
-    run(experiment(tmp_path, model), f"run_dir={tmp_path / 'plain'}")
+    run(model_experiment(tmp_path, model), f"run_dir={tmp_path / 'plain'}")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     hf = json.loads((model / "config.json").read_text())
     hf["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -101,7 +85,7 @@ def test_a_model_stored_in_fp8_is_trained_as_the_numbers_it_means(tmp_path: Path
 def test_a_trainer_that_computes_another_model_does_not_start(tmp_path: Path) -> None:
     model = make("MIXTRAL", tmp_path / "model", head_dim=32)
 
-    process = start(experiment(tmp_path, model, family="tests.runs.wrong_family:NOT_NORMALIZED"))
+    process = start(model_experiment(tmp_path, model, family="tests.runs.wrong_family:NOT_NORMALIZED"))
     assert process.wait(timeout=300) != 0
     last = (tmp_path / "log.txt").read_text().strip().splitlines()[-1]
     assert "the trainer does not compute model.path=" in last
